@@ -1,0 +1,48 @@
+"""Layers that often follow each other, as one call."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from gpubn.backend import Array
+from gpubn.layers.affine import affine_backward, affine_forward
+from gpubn.layers.batchnorm import batchnorm_backward, batchnorm_forward
+from gpubn.layers.relu import relu_backward, relu_forward
+
+
+def affine_relu_forward(x: Array, w: Array, b: Array) -> tuple[Array, Any]:
+    """Return affine then ReLU, and a cache; arguments as in ``affine_forward``."""
+    out, affine = affine_forward(x, w, b)
+    out, relu = relu_forward(out)
+    return out, (affine, relu)
+
+
+def affine_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
+    """Return dx, dw and db."""
+    affine, relu = cache
+    return affine_backward(relu_backward(dout, relu), affine)
+
+
+def affine_bn_relu_forward(
+    x: Array,
+    w: Array,
+    b: Array,
+    gamma: Array,
+    beta: Array,
+    bn_param: MutableMapping[str, Any],
+) -> tuple[Array, Any]:
+    """Return affine, batch norm, then ReLU, and a cache; arguments as in the single layers."""
+    out, affine = affine_forward(x, w, b)
+    out, norm = batchnorm_forward(out, gamma, beta, bn_param)
+    out, relu = relu_forward(out)
+    return out, (affine, norm, relu)
+
+
+def affine_bn_relu_backward(
+    dout: Array, cache: Any
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Return dx, dw, db, dgamma and dbeta."""
+    affine, norm, relu = cache
+    dout, dgamma, dbeta = batchnorm_backward(relu_backward(dout, relu), norm)
+    return (*affine_backward(dout, affine), dgamma, dbeta)

@@ -1,0 +1,96 @@
+"""Inverted dropout: Srivastava et al. 2014, Journal of Machine Learning Research 15."""
+
+from __future__ import annotations
+
+import operator
+import secrets
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gpubn.backend import Array, namespace, scope_of
+from gpubn.kernels import for_array
+from gpubn.layers import _check
+
+
+class _Cache(NamedTuple):
+    """The mask's key. The mask itself is computed anew in the backward pass, and x is not kept."""
+
+    shape: tuple[int, ...]
+    empty: Array  # of x's dtype, on x's device
+    p: float
+    seed: int
+    stream: int
+    step: int
+    training: bool
+
+
+def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, Any]:
+    """Drop values at random in training, and scale what is kept by ``1 / p``.
+
+    Parameters
+    ----------
+    x : array of any shape, float32 or float64
+    dropout_param : dict
+        ``p``: the probability of keeping a value, above 0 and at most 1. ``mode``: 'train' or
+        'test'; in test mode ``out = x``. ``seed`` (0 to 2**64 - 1), ``stream`` and ``step`` (0 to
+        2**32 - 1, both 0 where absent) name the mask: the same three give the same mask on every
+        device. Without a seed every call draws a mask of its own.
+
+    Returns
+    -------
+    out : array, x's shape and dtype
+    cache
+        For ``dropout_backward``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above.
+
+    Notes
+    -----
+    Masks come from Philox4x32-10, keyed by the seed and counted by element, stream and step.
+    Dropped values become 0, an infinity or NaN too.
+    """
+    _check.floating("x", x)
+    _check.mapping("dropout_param", dropout_param)
+    mode = _check.mode("dropout_param", dropout_param)
+    if "p" not in dropout_param:
+        raise ValueError("dropout_param has no 'p', expected the probability of keeping a value")
+    p = _check.number("p", dropout_param["p"])
+    if not 0 < p <= 1:
+        raise ValueError(f"p is {p!r}, expected a probability of keeping above 0 and at most 1")
+    seed = dropout_param.get("seed")
+    seed = secrets.randbits(64) if seed is None else _counter("seed", seed, 64)
+    stream = _counter("stream", dropout_param.get("stream", 0), 32)
+    step = _counter("step", dropout_param.get("step", 0), 32)
+
+    with scope_of(x):
+        empty = namespace(x).empty(0, x.dtype)
+    cache = _Cache(x.shape, empty, p, seed, stream, step, mode == "train")
+    return _masked(x, cache), cache
+
+
+def dropout_backward(dout: Array, cache: Any) -> Array:
+    """Return dx: ``dout / p`` where the forward pass kept a value, else 0."""
+    _check.cache_of("dropout", cache, _Cache)
+    _check.like("dout", dout, cache.shape, cache.empty)
+    return _masked(dout, cache)
+
+
+def _masked(array: Array, cache: _Cache) -> Array:
+    with scope_of(array):
+        if not cache.training:
+            return array.copy()
+        kernels = for_array("dropout", array)
+        return kernels.apply(array, cache.p, cache.seed, cache.stream, cache.step)
+
+
+def _counter(name: str, value: Any, bits: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
+    if isinstance(value, bool) or not 0 <= number < 2**bits:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from 0 to 2**{bits} - 1")
+    return number

@@ -1,0 +1,45 @@
+"""How the CPU kernels are compiled, and the one form of array that they are given."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+
+from gpubn.backend import Array
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# error_model="numpy": a division by zero gives an infinity, as on CUDA, and costs no branch.
+# fastmath stays off: no fused multiply-add, no other order of additions, no flushing to zero.
+_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": False}
+
+
+def compiled(function: Function) -> Function:
+    """Compile a kernel at its first call, for the dtypes that it meets; kept on disk."""
+    return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+
+
+def plain(*arrays: Array) -> tuple[Any, ...]:
+    """Return the arrays in C order, aligned and writable: one array type, so one compilation.
+
+    Only what is not in C order is copied. A read-only array gives a view that Numba takes for
+    writable; no kernel writes to its inputs.
+    """
+    return tuple(_plain(array) for array in arrays)
+
+
+class _Lent:
+    """Lends a read-only array's memory to a view that does not know that it is read-only."""
+
+    def __init__(self, array: Array) -> None:
+        self._owner = array
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+
+
+def _plain(array: Array) -> Any:
+    if array.flags.carray:  # C order, aligned, writable
+        return array
+    array = np.require(array, requirements=["C", "A"])
+    return array if array.flags.writeable or array.size == 0 else np.asarray(_Lent(array))

@@ -1,0 +1,26 @@
+"""Inverted dropout of arrays of any shape, on CUDA. The generator is in dropout.cuh."""
+
+import cupy
+import numpy as np
+
+from gpubn.backend import Array
+from gpubn.kernels.compile_cuda import contiguous, source
+
+_apply = cupy.ElementwiseKernel(
+    "T x, T scale, uint64 threshold, uint64 seed, uint32 stream, uint32 step_",
+    "T out",
+    "out = gpubn::dropout<T>(x, i, scale, threshold, seed, stream, step_)",
+    "gpubn_dropout",
+    preamble=source("real", "dropout"),
+)
+
+
+def apply(x: Array, p: float, seed: int, stream: int, step: int) -> Array:
+    """Return ``x / p`` where the mask of ``(seed, stream, step)`` keeps an element, else 0.
+
+    The same call on ``dout`` is the backward pass.
+    """
+    (x,) = contiguous(x)  # the mask follows the C order of the elements
+    threshold = np.uint64(round(p * 2**32))
+    key = (np.uint64(seed), np.uint32(stream), np.uint32(step))
+    return _apply(x, x.dtype.type(1 / p), threshold, *key, cupy.empty(x.shape, x.dtype))

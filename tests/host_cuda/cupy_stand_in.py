@@ -1,14 +1,15 @@
 """A stand-in for CuPy: the CUDA modules run on the host, unchanged.
 
 ``install()`` puts it in the place of ``cupy``. Its arrays live in host memory but behave as if they
-did not: they mix with no NumPy array, convert to none implicitly, and every copy to the host is counted
-in ``device_to_host_copies``. Raw and elementwise kernels are compiled by the host's C++ compiler against
-``cuda_host.h``. What CuPy or a GPU would refuse is refused here too, and so are some things that
-they would take but that can only be mistakes: an argument of the wrong dtype, a non-contiguous array as
-a raw kernel's argument, an empty grid.
+did not: they mix with no NumPy array, convert to none implicitly, and every copy to the host is
+counted in ``device_to_host_copies``. Raw and elementwise kernels are compiled by the host's C++
+compiler against ``cuda_host.h``. What CuPy or a GPU would refuse is refused here too, and so are
+some things that they would take but that can only be mistakes: an argument of the wrong dtype, a
+non-contiguous array as a raw kernel's argument, an empty grid.
 
-``ndarray`` is no subclass of ``numpy.ndarray``, as CuPy's is none: code that asks with ``isinstance``
-which device an array is on gets the same answer as on a GPU, and ``numpy.asarray(x)`` raises.
+``ndarray`` is no subclass of ``numpy.ndarray``, as CuPy's is none: code that asks with
+``isinstance`` which device an array is on gets the same answer as on a GPU, and
+``numpy.asarray(x)`` raises.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ FLAGS = (
     "-w",
 )
 
-#: The order in which blocks and threads run: "ascending" or "reversed". Results must not depend on it.
+#: The order in which blocks and threads run, "ascending" or "reversed"; results may not show it.
 thread_order = os.environ.get("HOST_CUDA_THREAD_ORDER", "ascending")
 
 #: How many times an array has come to the host since this module was imported.
@@ -77,7 +78,7 @@ class CUDADriverError(RuntimeError):
     """cupy.cuda.driver.CUDADriverError: here, a launch that a GPU would refuse or never finish."""
 
 
-class CompileException(Exception):
+class CompileException(Exception):  # noqa: N818 - CuPy's name
     """cupy.cuda.compiler.CompileException."""
 
 
@@ -495,16 +496,14 @@ class _Function:
         cells = [self._cell(i, arg) for i, arg in enumerate(args)]
         pointers = (ctypes.c_void_p * max(len(cells), 1))(*(cell.ctypes.data for cell in cells))
         dims = ctypes.c_uint * 3
-        message = self._launch(
-            dims(*grid), dims(*block), pointers, ctypes.c_bool(_descending())
-        )
+        message = self._launch(dims(*grid), dims(*block), pointers, ctypes.c_bool(_descending()))
         if message is not None:
             raise CUDADriverError(f"{self.name}: {message.decode()}")
 
     def _size(self, what: str, size: Sequence[int], limits: tuple[int, int, int]):
         if not isinstance(size, tuple) or not 1 <= len(size) <= 3:
             raise TypeError(f"{self.name}: {what} must be a tuple of 1 to 3 int, not {size!r}")
-        full = (tuple(n.__index__() for n in size) + (1, 1, 1))[:3]
+        full = tuple(n.__index__() for n in (*size, 1, 1, 1)[:3])
         # CuPy turns a zero into a one and launches: never what was meant.
         if any(not 1 <= n <= limit for n, limit in zip(full, limits, strict=True)):
             raise CUDADriverError(
@@ -534,7 +533,8 @@ class _Function:
         cell = np.array(arg)
         if _code(cell.dtype) != param:
             raise TypeError(
-                f"{where} is {arg!r}, passed as {cell.dtype} ({_code(cell.dtype)}), expected {param}"
+                f"{where} is {arg!r}, passed as {cell.dtype} ({_code(cell.dtype)}), "
+                f"expected {param}"
             )
         return cell
 
@@ -656,7 +656,8 @@ class ElementwiseKernel:
         if len(args) not in (len(self.in_params), len(self.params)):
             raise TypeError(
                 f"Wrong number of arguments for {self.name!r}. It must be either "
-                f"{len(self.in_params)} or {len(self.params)} (with outputs), but given {len(args)}."
+                f"{len(self.in_params)} or {len(self.params)} (with outputs), "
+                f"but given {len(args)}."
             )
         for param, arg in zip(self.params, args, strict=False):
             allowed = ndarray if not param.const else ndarray | bool | int | float | np.generic
@@ -687,8 +688,9 @@ class ElementwiseKernel:
         ]
         if (size is None) == (not shapes):
             raise ValueError(
-                "Loop size is undecided." if size is None else
-                "Specified 'size' can be used only if all of the ndarray are 'raw'."
+                "Loop size is undecided."
+                if size is None
+                else "Specified 'size' can be used only if all of the ndarray are 'raw'."
             )
         return np.broadcast_shapes(*shapes) if size is None else (size,)
 
@@ -714,23 +716,19 @@ class ElementwiseKernel:
         return dtypes, letters
 
     def _launch(self, args, shape, dtypes, letters) -> None:
-        hosts: list[np.ndarray] = []
-        for param, arg in zip(self.params, args, strict=True):
-            if not isinstance(arg, ndarray):
-                hosts.append(np.asarray(arg).astype(dtypes[param.name]))
-            else:
-                hosts.append(arg._host if param.raw else np.broadcast_to(arg._host, shape))
-        looped = [
-            i
-            for i, (param, arg) in enumerate(zip(self.params, args, strict=True))
-            if isinstance(arg, ndarray) and not param.raw
+        is_array = [isinstance(arg, ndarray) for arg in args]
+        hosts = [
+            arg._host if array_ else np.asarray(arg).astype(dtypes[param.name])
+            for param, arg, array_ in zip(self.params, args, is_array, strict=True)
         ]
-        if all(hosts[i].flags.c_contiguous for i in looped):  # as CuPy does
+        looped = [i for i, param in enumerate(self.params) if is_array[i] and not param.raw]
+        for i in looped:
+            hosts[i] = np.broadcast_to(hosts[i], shape)
+        if all(hosts[i].flags.c_contiguous for i in looped):  # one axis is enough, as in CuPy
             shape = (int(np.prod(shape)),)
             for i in looped:
                 hosts[i] = hosts[i].reshape(shape)
 
-        is_array = [isinstance(arg, ndarray) for arg in args]
         instance = Instance(
             tuple(
                 Argument(host.dtype.name, host.ndim, host.flags.c_contiguous)
@@ -743,9 +741,7 @@ class ElementwiseKernel:
         if instance not in self._source.instances:
             self._source.instances.append(instance)
 
-        library = _compile(
-            self._text(is_array, letters), _defines(self._source.options), self.name
-        )
+        library = _compile(self._text(is_array, letters), _defines(self._source.options), self.name)
         cells = [
             _ArrayView(host) if array_ else host.ctypes.data_as(ctypes.c_void_p)
             for host, array_ in zip(hosts, is_array, strict=True)
@@ -911,7 +907,9 @@ cuda = _Module(
     runtime=runtime,
     driver=_Module("cupy.cuda.driver", CUDADriverError=CUDADriverError),
     compiler=_Module("cupy.cuda.compiler", CompileException=CompileException),
-    memory=_Module("cupy.cuda.memory", OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})),
+    memory=_Module(
+        "cupy.cuda.memory", OutOfMemoryError=type("OutOfMemoryError", (MemoryError,), {})
+    ),
     Device=Device,
     Stream=Stream,
     get_current_stream=lambda: Stream.null,
@@ -941,8 +939,9 @@ module = _Module(
 def install(fresh: Iterable[str] = ()) -> Iterator[types.ModuleType]:
     """Put the stand-in in the place of cupy, and yield it.
 
-    The CUDA modules (``gpubn.kernels.*_cuda``) and those named in `fresh` are imported afresh inside,
-    since they may hold the real cupy, and are forgotten at the end, since they hold this one.
+    The CUDA modules (``gpubn.kernels.*_cuda``) and those named in `fresh` are imported afresh
+    inside, since they may hold the real cupy, and are forgotten at the end, since they hold this
+    one.
     """
     again = re.compile(
         "|".join([r"(cupy|cupyx)(\..*)?", r"gpubn\.kernels\.\w+_cuda", *map(re.escape, fresh)])

@@ -1,8 +1,8 @@
 """Compiles CUDA text to PTX and machine code with NVRTC, which needs neither a GPU nor a driver.
 
-The options and the text around an ElementwiseKernel are CuPy's; ``test_stand_in.py`` holds them equal to
-those of the CuPy that is installed. CuPy itself is not imported, only its headers are read, so this works
-while the stand-in is installed in its place.
+The options and the text around an ElementwiseKernel are CuPy's; ``test_stand_in.py`` holds them
+equal to those of the CuPy that is installed. CuPy itself is not imported, only its headers are
+read, so this works while the stand-in is installed in its place.
 """
 
 import ctypes
@@ -94,7 +94,9 @@ def supported_arches() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def cupy_options(options: Sequence[str], arch: str) -> list[str]:
     """Return the options with which CuPy calls NVRTC."""
     includes = [folder / "_core" / "include" for folder in _package_folders("cupy")]
-    cccl = [f"-I{i}/cupy/_cccl/{part}" for i in includes for part in ("cub", "thrust", "libcudacxx")]
+    cccl = [
+        f"-I{i}/cupy/_cccl/{part}" for i in includes for part in ("cub", "thrust", "libcudacxx")
+    ]
     chooses = any(re.match(r"--?std\b", option) for option in options)
     toolkit = [f for f in _cuda_folders() if (f / "include" / "cuda_fp16.h").is_file()]
     return [
@@ -202,7 +204,9 @@ def elementwise_code(source: stand_in.Source, instance: stand_in.Instance) -> st
             declared.append(f"{const}{ctype} {param.name}")
             continue
         name = param.name if param.raw else f"_raw_{param.name}"
-        declared.append(f"{const}CArray<{ctype}, {argument.ndim}, {argument.contiguous:d}, 1> {name}")
+        declared.append(
+            f"{const}CArray<{ctype}, {argument.ndim}, {argument.contiguous:d}, 1> {name}"
+        )
         if not param.raw:
             operation.append(f"{const}{param.ctype} &{param.name} = {name}[_ind.get()];")
     declared.append(f"CIndexer<{instance.ndim}, 1> _ind")

@@ -26,7 +26,9 @@ __global__ void __launch_bounds__(256) block_sums(const T* __restrict__ x, T* su
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     T value = warp_sum(i < n ? x[i] : T(0));
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
-    BARRIER();
+#ifndef NO_BARRIER
+    __syncthreads();
+#endif
     if (threadIdx.x < 32) {
         value = warp_sum(threadIdx.x < blockDim.x / 32 ? partial[threadIdx.x] : T(0));
         if (threadIdx.x == 0) sums[blockIdx.x] = value;
@@ -57,10 +59,11 @@ def extern(body, params="float* x"):
     return f'extern "C" __global__ void kernel({params}) {{\n{body}\n}}'
 
 
-def block_sums(cupy, barrier, ctype="float", n=1000):
+def block_sums(cupy, ctype="float", options=(), n=1000):
+    """Return the kernel's sums and NumPy's; small integers, so that both are exact."""
     module = cupy.RawModule(
         code=REDUCTION,
-        options=(f"-DBARRIER={barrier}",),
+        options=options,
         name_expressions=[f"block_sums<{c}>" for c in DTYPES],
     )
     x = np.random.default_rng(1).integers(-8, 9, n).astype(DTYPES[ctype])
@@ -81,14 +84,14 @@ def block_sums(cupy, barrier, ctype="float", n=1000):
 @pytest.mark.parametrize("ctype", DTYPES)
 def test_reduction_with_shuffles_and_shared_memory(cupy, monkeypatch, ctype, order):
     monkeypatch.setattr(cupy_stand_in, "thread_order", order)
-    np.testing.assert_array_equal(*block_sums(cupy, "__syncthreads", ctype))
+    np.testing.assert_array_equal(*block_sums(cupy, ctype))
 
 
 @needs_compiler
 def test_missing_barrier_shows(cupy, monkeypatch):
-    ascending, expected = block_sums(cupy, "(void)")
+    ascending, expected = block_sums(cupy, options=("-DNO_BARRIER",))
     monkeypatch.setattr(cupy_stand_in, "thread_order", "reversed")
-    descending, _ = block_sums(cupy, "(void)")
+    descending, _ = block_sums(cupy, options=("-DNO_BARRIER",))
     assert np.isnan(ascending).all()  # the first warp read shared memory that none had written
     np.testing.assert_array_equal(descending, expected)
 
@@ -119,6 +122,23 @@ def test_indices(cupy, monkeypatch, order):
     x = cupy.empty(24 * 105, np.int32)
     kernel(cupy, extern(body, "int* x"))((2, 3, 4), (3, 5, 7), (x,))
     np.testing.assert_array_equal(x.get(), np.arange(24 * 105))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("order", "step"), [("ascending", 1), ("reversed", -1)])
+def test_order_of_blocks_threads_and_elements(cupy, monkeypatch, order, step):
+    monkeypatch.setattr(cupy_stand_in, "thread_order", order)
+    body = "x[1 + blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(&x[0], 1);"
+    x = cupy.zeros(1 + 3 * 45, np.int32)
+    kernel(cupy, extern(body, "int* x"))((3,), (45,), (x,))  # the last warps are not full
+    np.testing.assert_array_equal(x[1:].get(), np.arange(3 * 45)[::step])
+    take = cupy.ElementwiseKernel("", "T y, raw T next", "y = next[0]++", "take")
+    y, following = cupy.empty(9, np.int32), cupy.zeros(1, np.int32)
+    take(y, following)
+    np.testing.assert_array_equal(y.get(), np.arange(9)[::step])
+    monkeypatch.setattr(cupy_stand_in, "thread_order", "random")
+    with pytest.raises(ValueError, match="thread_order is 'random'"):
+        take(y, following)
 
 
 @needs_compiler
@@ -159,8 +179,12 @@ def test_shuffles_and_votes_follow_cuda(cupy, monkeypatch, order):
     ("body", "message"),
     [
         ("if (threadIdx.x < 40) __syncthreads();", "40 of the block's 64 threads wait .* line 2"),
-        ("if (threadIdx.x < 40) __syncthreads();\nelse __syncthreads();", "line 2, others in line 3"),
+        (
+            "if (threadIdx.x < 40) __syncthreads();\nelse __syncthreads();",
+            "line 2, others in line 3",
+        ),
         ("if (threadIdx.x < 9) __syncwarp(); else __syncthreads();", "deadlock: .* 0xffffffff"),
+        ("__syncwarp(threadIdx.x ? ~0u : 3u);", "deadlock: .* line 2 .* mask 0x00000003"),
         ("if (threadIdx.x == 3) x[0] = __shfl_sync(1u, x[0], 0);", "lane 3 is not in its own mask"),
     ],
 )
@@ -170,9 +194,8 @@ def test_divergence_is_an_error(cupy, body, message):
     for _ in range(2):  # an error leaves nothing behind
         with pytest.raises(cupy.cuda.driver.CUDADriverError, match=message):
             run((1,), (64,), (x,))
-    block = 8 if "40" not in body else 32
-    if "mask" not in message:
-        run((1,), (block,), (x,))
+    if "else" in body:
+        run((1,), (9,), (x,))  # here all threads take the same way
 
 
 @needs_compiler
@@ -260,11 +283,6 @@ def test_elementwise_broadcasts(cupy, monkeypatch, order):
     y = scale(on_device[0].T, on_device[1], 0.5, on_device[2], 2, on_device[3])
     raw = np.resize(table, 12).reshape(3, 4)
     np.testing.assert_array_equal(y.get(), np.where(keep, (x + 1) * gamma + 0.5 + raw, 12))
-    out = cupy.empty((3, 4))
-    assert scale(*on_device[:1], *on_device[1:2], 0.5, on_device[2], 2, on_device[3], out.T[:0].T
-                 ) is not None if False else True
-    x[:] = 0
-    assert y.get().any()  # asarray copied
 
 
 @needs_compiler
@@ -294,7 +312,7 @@ def test_elementwise_half_rounds_as_numpy(cupy):
     np.testing.assert_array_equal(widen(cupy.asarray(every)).get(), every.astype(np.float32))
     bits = np.random.default_rng(0).integers(0x32000000, 0x48000000, 100_000).astype(np.uint32)
     x = np.concatenate([bits.view(np.float32), every.astype(np.float32)])
-    x = np.concatenate([x, -x, np.nextafter(x, np.float32(0))])
+    x = np.concatenate([x, -x])
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(narrow(cupy.asarray(x)).get(), x.astype(np.float16))
 
@@ -330,11 +348,10 @@ def test_copies_are_counted(cupy, copies):
     x[0] = x[1, 2]
     x += 1
     assert copies() == 0
-    for count, read in enumerate(
-        [float, int, bool, cupy.asnumpy, lambda a: a.get(), lambda a: a.item(),
-         lambda a: a.tolist(), repr, lambda a: x[x > a], lambda a: [0] * 99 and [0][a.astype(int) * 0]],
-        start=1,
-    ):  # fmt: skip
+    reads = [float, int, bool, repr, cupy.asnumpy]
+    reads += [lambda a: a.get(), lambda a: a.item(), lambda a: a.tolist(), lambda a: x[x > a]]
+    reads += [lambda a: list(range(a.astype(np.int64)))]
+    for count, read in enumerate(reads, start=1):
         read(y)
         assert copies() == count, read
 
@@ -382,8 +399,12 @@ def test_array_functions_stay_on_the_device(cupy, copies):
     assert cupy.get_array_module(np.ones(1)) is np
     assert x.shape == (2, 3)
     assert len(x) == 2
-    out.set(np.zeros((2, 3), np.float32))
+    host = np.zeros((2, 3), np.float32)
+    out.set(host)
+    uploaded = cupy.asarray(host)
+    host[:] = 1
     assert not out.any()
+    assert not uploaded.any()  # copies, not views
 
 
 def test_devices(cupy):
@@ -415,31 +436,40 @@ def test_install_restores_what_was_there():
 # NVRTC
 
 
-@pytest.fixture
-def samples(cupy):
-    """Return one recorded source of each kind."""
+def samples():
+    """Return recorded sources of each kind."""
     start = len(cupy_stand_in.sources)
-    block_sums(cupy, "__syncthreads")
-    kernel(cupy, extern("x[threadIdx.x] *= 2;"))
-    scale = cupy.ElementwiseKernel("T x, raw T y, float32 s", "T z", "z = x * s + y[0]", "scale")
-    for dtype in (np.float32, np.float64):
-        scale(cupy.ones((2, 3), dtype), cupy.ones(1, dtype), 2)
-    scale(cupy.ones((3, 2), np.float32).T, cupy.ones(1, np.float32), cupy.ones(3, np.float32))
+    with cupy_stand_in.install() as cupy:
+        block_sums(cupy)
+        kernel(cupy, extern("x[threadIdx.x] *= 2;"))
+        scale = cupy.ElementwiseKernel(
+            "T x, raw T y, float32 s, uint8 keep",
+            "T z, int64 k",
+            "z = keep ? x * s + y[0] : T(0); k = i",
+            "scale",
+            preamble="// before",
+        )
+        for dtype in (np.float32, np.float64):
+            scale(cupy.ones((2, 3), dtype), cupy.ones(1, dtype), 2, 1)
+        rows = cupy.ones((3, 2), np.float32).T
+        scale(rows, cupy.ones(1, np.float32), 2, cupy.ones(3, np.uint8))
     return cupy_stand_in.sources[start:]
 
 
 @needs_compiler
 @needs_nvrtc
-def test_nvrtc_compiles_every_kind_for_every_architecture(samples):
+def test_nvrtc_compiles_every_kind_for_every_architecture():
     supported, missing = nvrtc.supported_arches()
     assert not missing, f"this NVRTC does not compile for {missing}"
     assert supported == nvrtc.ARCHES
-    assert [len(source.instances) for source in samples] == [4, 1, 3]
+    recorded = samples()
+    assert [len(source.instances) for source in recorded] == [4, 1, 3]
     for arch in supported:
-        for source in samples:
+        for source in recorded:
             for ptx, cubin in nvrtc.compile_source(source, arch):
                 assert f".target sm_{arch.replace('.', '')}" in ptx
                 assert ".entry" in ptx
+                assert (".ftz" in ptx) == ("float" in source.code or "T x" in source.in_params)
                 assert cubin.startswith(b"\x7fELF")
 
 
@@ -456,8 +486,40 @@ def test_nvrtc_errors_show_the_log():
 
 @needs_compiler
 @needs_nvrtc
-def test_text_and_options_are_those_of_cupy(samples):
-    source = samples[-1]
-    ours = [nvrtc.elementwise_code(source, instance).split() for instance in source.instances]
-    options = nvrtc.cupy_options(("-Dx",), "7.5")
-    # TODO
+def test_text_and_options_are_those_of_cupy():
+    """Held against the installed CuPy's own generator, which is private and may move."""
+    core = pytest.importorskip("cupy._core.core")
+    private = pytest.importorskip("cupy._core._kernel")
+    source = samples()[-1]
+    real = core.ElementwiseKernel(
+        source.in_params, source.out_params, source.operation, source.name, preamble=source.preamble
+    )
+    array, indexer, scalar = 1, 2, 3  # CuPy's numbers for the kinds of argument
+    try:
+        for instance in source.instances:
+            infos = [
+                private._ArgInfo(scalar, object, np.dtype(a.dtype).type, 0, True, True)
+                if a.ndim is None
+                else private._ArgInfo(
+                    array, core.ndarray, np.dtype(a.dtype).type, a.ndim, a.contiguous, True
+                )
+                for a in instance.arguments
+            ]
+            infos.append(private._ArgInfo(indexer, object, None, instance.ndim, True, True))
+            letters = private._TypeMap((("T", np.dtype(instance.arguments[0].dtype).type),))
+            theirs = private._get_elementwise_kernel_code(
+                tuple(infos), letters, real.params, source.operation, source.name, source.preamble
+            )
+            headers = "".join(f"#include <{header}>\n" for header in core._cupy_header_list)
+            # A CArray of newer versions names one more number, zero by default.
+            theirs = (headers + theirs).replace(", 1, 0>", ", 1>")
+            assert nvrtc.elementwise_code(source, instance).split() == theirs.split()
+        theirs = [
+            option
+            for option in core.assemble_cupy_compiler_options(("-Dx",))
+            if not option.startswith("-I") or "cupy" in option
+        ]
+    except (AttributeError, TypeError) as error:
+        pytest.skip(f"CuPy's private generator has changed: {error}")
+    ours = nvrtc.cupy_options(("-Dx",), "7.5")
+    assert [option for option in ours if option in theirs] == theirs

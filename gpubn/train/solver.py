@@ -1,0 +1,566 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpubn import backend
+from gpubn.backend import Array
+from gpubn.layers import _check
+from gpubn.train import optim
+from gpubn.train.net import FullyConnectedNet
+
+
+RUNNING = ("running_mean", "running_var")
+"""The keys of a batch norm's running statistics."""
+
+
+class Model(Protocol):
+    """What ``Solver`` can train."""
+
+    params: Any
+    """A dict of name to array."""
+
+    def loss(self, X: Array, y: Array | None = None) -> Any:
+        """Return scores, or with labels the loss and a dict of gradients."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A training loss was NaN or infinite, and training stopped.
+
+    Attributes
+    ----------
+    iteration : int
+        The iteration, counted from 1, whose loss it was.
+    """
+
+    def __init__(self, loss: float, iteration: int, checkpoint: str | None) -> None:
+        good = (
+            f"the last good checkpoint is {checkpoint}"
+            if checkpoint
+            else "there is no checkpoint before it"
+        )
+        super().__init__(
+            f"the loss became {loss} at iteration {iteration}; {good}; "
+            "a smaller learning rate may help"
+        )
+        self.iteration = iteration
+
+
+class Solver:
+    """Train a model on batches of training data, and watch its accuracy.
+
+    Parameters
+    ----------
+    model : object
+        A ``FullyConnectedNet``, or anything with ``params`` (a dict) and ``loss(X[, y])``.
+    data : dict
+        ``X_train``, ``y_train``, ``X_val``, ``y_val``.
+    update_rule : str
+        'sgd', 'sgd_momentum', 'rmsprop', 'adam' or 'adamw'.
+    optim_config : dict, optional
+        The rule's scalars, such as ``learning_rate``; see ``gpubn.train.optim``.
+    lr_decay : float
+        The learning rate is multiplied by this after every epoch.
+    batch_size, num_epochs : int
+    num_train_samples, num_val_samples : int or None
+        How many samples, drawn anew each time, an accuracy is measured on; None for all.
+    checkpoint_name : str, optional
+        After every epoch the run is saved as ``{checkpoint_name}_epoch_{epoch}.safetensors``.
+    print_every : int
+        Iterations between printed losses. Losses stay on the device until then.
+    verbose : bool
+        Whether to print.
+    shuffle : bool
+        False draws batches with replacement, as CS231n does. True goes through a new order of the
+        samples every epoch; those that do not fill a last batch are left for the next.
+    seed : int, optional
+        Same seed, same batches, on every device. Random where absent.
+    on_iteration, on_epoch : callable, optional
+        Called with the solver after every iteration, and after every epoch's accuracies.
+
+    Attributes
+    ----------
+    iteration, epoch : int
+        How many are done.
+    stopped : bool
+        Whether ``stop`` ended ``train``.
+    best_val_acc, best_params
+        Of the epochs' ends. ``train`` puts the best parameters into the model at its end.
+    loss_history : list of float
+        One an iteration.
+    train_acc_history, val_acc_history : list of float
+        After the first iteration and after every epoch.
+    optim_configs : mapping of name to dict
+        Every parameter's rule: its scalars, and views of its state. Read-only for a
+        ``FullyConnectedNet``, whose parameters are updated together.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Mapping[str, Array],
+        *,
+        update_rule: str = "sgd",
+        optim_config: Mapping[str, Any] | None = None,
+        lr_decay: float = 1.0,
+        batch_size: int = 100,
+        num_epochs: int = 10,
+        num_train_samples: int | None = 1000,
+        num_val_samples: int | None = None,
+        checkpoint_name: str | None = None,
+        print_every: int = 10,
+        verbose: bool = True,
+        shuffle: bool = False,
+        seed: int | None = None,
+        on_iteration: Callable[[Solver], None] | None = None,
+        on_epoch: Callable[[Solver], None] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            known = [name for name in inspect.signature(Solver).parameters if name != "unknown"]
+            raise ValueError(
+                f"unknown keyword {', '.join(map(repr, unknown))}, expected one of "
+                f"{', '.join(known[2:])}"
+            )
+        self.model = model
+        self.X_train, self.y_train = _samples(data, "train")
+        self.X_val, self.y_val = _samples(data, "val")
+        self.update_rule = update_rule
+        self.lr_decay = _check.number("lr_decay", lr_decay)
+        if not self.lr_decay > 0:
+            raise ValueError(f"lr_decay is {lr_decay!r}, expected a number above 0")
+        self.batch_size = _count("batch_size", batch_size)
+        self.num_epochs = _count("num_epochs", num_epochs)
+        self.print_every = _count("print_every", print_every)
+        self.num_train_samples = _optional_count("num_train_samples", num_train_samples)
+        self.num_val_samples = _optional_count("num_val_samples", num_val_samples)
+        self.checkpoint_name = checkpoint_name
+        self.verbose = verbose
+        self.shuffle = shuffle
+        self.on_iteration, self.on_epoch = on_iteration, on_epoch
+        if shuffle and self.batch_size > len(self.X_train):
+            raise ValueError(
+                f"batch_size is {batch_size}, expected at most the {len(self.X_train)} training "
+                "samples that there are to shuffle"
+            )
+
+        self.generator = np.random.default_rng(seed)
+        self._order = np.arange(0)  # this epoch's samples, where they are shuffled
+        self.iteration = 0
+        self.epoch = 0
+        self.stopped = False
+        self.best_val_acc = 0.0
+        self.best_params: dict[str, Array] = {}
+        self.best_bn_params: list[dict[str, Array]] = []
+        self.train_acc_history: list[float] = []
+        self.val_acc_history: list[float] = []
+        self._losses: list[float] = []
+        self._pending: list[Array] = []  # losses that are still on the device
+        self.last_checkpoint: str | None = None
+
+        config = optim.complete(update_rule, optim_config)
+        self._net = model if isinstance(model, FullyConnectedNet) else None
+        if self._net is not None:
+            for part, X, y in (
+                ("train", self.X_train, self.y_train),
+                ("val", self.X_val, self.y_val),
+            ):
+                self._net.as_input(X[:1], f"X_{part}")
+                _check.label_range(y, self._net.num_classes, f"y_{part}")
+            if self._net.normalization == "batchnorm" and self.batch_size < 2:
+                raise ValueError(
+                    f"batch_size is {batch_size}, expected at least 2 with batch norm: "
+                    "the variance of one sample is no estimate"
+                )
+            self._config = config
+            self._grads = self._net.params.empty_like()
+        else:
+            self._configs = {name: dict(config) for name in model.params}
+
+    # --- What it is about to do, and has done -----------------------------------------------------
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Batches that make an epoch: as many as fit into the training samples, at least one."""
+        return max(len(self.X_train) // self.batch_size, 1)
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of all epochs together."""
+        return self.num_epochs * self.iterations_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate now in force."""
+        config = self._config if self._net is not None else next(iter(self._configs.values()))
+        return float(config["learning_rate"])
+
+    @property
+    def loss_history(self) -> list[float]:
+        """Every iteration's loss. Losses that are still on the device are copied now."""
+        self._collect_losses()
+        return self._losses
+
+    @property
+    def optim_configs(self) -> dict[str, dict[str, Any]]:
+        """Every parameter's scalars and state."""
+        if self._net is None:
+            return self._configs
+        net, names = self._net, optim.state_names(self.update_rule)
+        states: dict[str, Any] = {}
+        for name in names:
+            if self._config.get(name) is not None:
+                states[name] = net.params.views_of(self._config[name])
+        scalars = {key: value for key, value in self._config.items() if key not in names}
+        return {
+            name: {**scalars, **{state: views[name] for state, views in states.items()}}
+            for name in net.params
+        }
+
+    # --- Training ---------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train up to ``num_epochs`` epochs, then put the best parameters into the model.
+
+        Raises
+        ------
+        NonFiniteLoss
+            A loss was NaN or infinite. Seen when losses are collected, at the latest at the end of
+            the epoch; no checkpoint is written after it.
+        """
+        self.stopped = False
+        while self.iteration < self.num_iterations and not self.stopped:
+            self._step()
+            first, last = self.iteration == 1, self.iteration == self.num_iterations
+            if self.verbose and (self.iteration - 1) % self.print_every == 0:
+                loss = self.loss_history[-1]
+                print(f"(Iteration {self.iteration} / {self.num_iterations}) loss: {loss:f}")
+            elif self.iteration % self.print_every == 0:
+                self._collect_losses()
+            epoch_ends = self.iteration % self.iterations_per_epoch == 0
+            if epoch_ends:
+                self.epoch += 1
+                self._set_learning_rate(self.learning_rate * self.lr_decay)
+            if first or last or epoch_ends:
+                self._collect_losses()
+                self._measure()
+            if epoch_ends:
+                self._save_checkpoint()
+                if self.on_epoch is not None:
+                    self.on_epoch(self)
+            if self.on_iteration is not None:
+                self.on_iteration(self)
+        self._collect_losses()
+        if not self.stopped:
+            self.restore_best()
+
+    def stop(self) -> None:
+        """Let ``train`` return after the iteration that is under way, ready to be saved or go on."""
+        self.stopped = True
+
+    def restore_best(self) -> None:
+        """Put the best parameters, and the statistics that belong to them, into the model."""
+        if not self.best_params:
+            return
+        if self._net is None:
+            self.model.params = copy_params(self.best_params)
+            return
+        self._net.params = self.best_params  # type: ignore[assignment]
+        for bn_param, best in zip(self._net.bn_params, self.best_bn_params, strict=True):
+            bn_param.update(best)
+
+    def _step(self) -> None:
+        X, y = self._batch()
+        if self._net is not None:
+            net = self._net
+            loss = net.loss_into(X, net.device.asarray(y, np.int64), self._grads)
+            net.step += 1
+            flat = (net.params.flat, self._grads.flat)
+            optim.update_in_place(self.update_rule, *flat, self._config, net.num_weights)
+        else:
+            loss, grads = self.model.loss(X, y)
+            rule = optim.get(self.update_rule)
+            for name, w in self.model.params.items():
+                config = self._configs[name]
+                self.model.params[name], self._configs[name] = rule(w, grads[name], config)
+        self._pending.append(loss)
+        self.iteration += 1
+
+    def _batch(self) -> tuple[Array, Array]:
+        count = len(self.X_train)
+        if self.shuffle:
+            at = self.iteration % self.iterations_per_epoch * self.batch_size
+            if at == 0:
+                self._order = self.generator.permutation(count)
+            chosen = self._order[at : at + self.batch_size]
+        else:
+            chosen = self.generator.choice(count, self.batch_size)
+        return _take(self.X_train, chosen), _take(self.y_train, chosen)
+
+    def _set_learning_rate(self, rate: float) -> None:
+        for config in [self._config] if self._net is not None else self._configs.values():
+            config["learning_rate"] = rate
+
+    def _collect_losses(self) -> None:
+        """Bring the losses since the last call to the host, in one copy, and look at them."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        if backend.is_cuda(pending[0]):
+            xp = backend.namespace(pending[0])
+            values = backend.to_host(xp.stack(pending)).tolist()
+        else:
+            values = [float(loss) for loss in pending]
+        first = len(self._losses) + 1
+        self._losses.extend(values)
+        for i, loss in enumerate(values):
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(loss, first + i, self.last_checkpoint)
+
+    def _measure(self) -> None:
+        """Measure both accuracies, and keep the parameters if they are the best so far."""
+        train, val = (
+            self.check_accuracy(self.X_train, self.y_train, num_samples=self.num_train_samples),
+            self.check_accuracy(self.X_val, self.y_val, num_samples=self.num_val_samples),
+        )
+        self.train_acc_history.append(train)
+        self.val_acc_history.append(val)
+        if self.verbose:
+            print(
+                f"(Epoch {self.epoch} / {self.num_epochs}) train acc: {train:f}; val_acc: {val:f}"
+            )
+        if val > self.best_val_acc:
+            self.best_val_acc = val
+            self.best_params = copy_params(self.model.params)
+            if self._net is not None:
+                self.best_bn_params = [
+                    {name: bn_param[name].copy() for name in RUNNING}
+                    for bn_param in self._net.bn_params
+                ]
+
+    def _save_checkpoint(self) -> None:
+        if self.checkpoint_name is not None:
+            from gpubn.train import checkpoint  # needs safetensors, which training alone does not
+
+            self.last_checkpoint = f"{self.checkpoint_name}_epoch_{self.epoch}.safetensors"
+            checkpoint.save(self.last_checkpoint, self)
+
+    def check_accuracy(
+        self, X: Array, y: Array, num_samples: int | None = None, batch_size: int = 100
+    ) -> float:
+        """Return the share of samples whose highest score is their label's.
+
+        Parameters
+        ----------
+        X : array (N, d1, ..., dk)
+        y : integer array (N,)
+        num_samples : int, optional
+            Measure on so many samples drawn at random, if there are more.
+        batch_size : int
+            Samples that pass through the model at a time.
+        """
+        if num_samples is not None and len(X) > num_samples:
+            chosen = self.generator.choice(len(X), num_samples)
+            X, y = _take(X, chosen), _take(y, chosen)
+        right: Any = 0
+        for start in range(0, len(X), batch_size):
+            scores = self.model.loss(X[start : start + batch_size])
+            labels = y[start : start + batch_size]
+            if backend.is_cuda(scores):
+                labels = backend.namespace(scores).asarray(labels)
+            else:
+                labels = backend.to_host(labels)
+            right = right + (scores.argmax(axis=1) == labels).sum()
+        return float(right) / len(X)
+
+    # --- State, for checkpoints -------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that decide what training computes."""
+        return {
+            "update_rule": self.update_rule,
+            "lr_decay": self.lr_decay,
+            "batch_size": self.batch_size,
+            "num_epochs": self.num_epochs,
+            "num_train_samples": self.num_train_samples,
+            "num_val_samples": self.num_val_samples,
+            "shuffle": self.shuffle,
+        }
+
+    def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Return all that training needs to go on: arrays by name, and what is no array."""
+        arrays: dict[str, Array] = {}
+        arrays.update({f"params.{name}": array for name, array in self.model.params.items()})
+        arrays.update({f"best.params.{name}": array for name, array in self.best_params.items()})
+        names = optim.state_names(self.update_rule)
+        counts = {}
+        for name, config in self.optim_configs.items():
+            counts[name] = config.get("t", 0)
+            for state in names:
+                if config.get(state) is not None:
+                    arrays[f"optim.{state}.{name}"] = config[state]
+        if self._net is not None:
+            for prefix, bn_params in (("bn", self._net.bn_params), ("best.bn", self.best_bn_params)):
+                for i, bn_param in enumerate(bn_params):
+                    for name in RUNNING:
+                        if name in bn_param:
+                            arrays[f"{prefix}.{i}.{name}"] = bn_param[name]
+        arrays["order"] = self._order
+        arrays["history.loss"] = np.array(self.loss_history, np.float64)
+        arrays["history.train_acc"] = np.array(self.train_acc_history, np.float64)
+        arrays["history.val_acc"] = np.array(self.val_acc_history, np.float64)
+        values = {
+            "iteration": self.iteration,
+            "epoch": self.epoch,
+            "best_val_acc": self.best_val_acc,
+            "learning_rate": self.learning_rate,
+            "t": counts,
+            "generator": self.generator.bit_generator.state,
+            "dropout": None if self._net is None else self._net.dropout_state,
+        }
+        return arrays, values
+
+    def load_state(self, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` returned, from a solver and model made with the same arguments.
+
+        Raises
+        ------
+        KeyError, ValueError, TypeError
+            Something is missing, or is of another network; parameters are checked before anything
+            is written.
+        """
+        params = _with_prefix(arrays, "params.")
+        best = _with_prefix(arrays, "best.params.")
+        states = {
+            state: _with_prefix(arrays, f"optim.{state}.")
+            for state in optim.state_names(self.update_rule)
+        }
+        for group in (params, best, *states.values()):
+            _same_shapes(group, self.model.params, required=group is params)
+
+        if self._net is not None:
+            self._load_net(arrays, values, params, states)
+        else:
+            xp_of = self.model.params
+            self.model.params.update({name: _beside(xp_of[name], a) for name, a in params.items()})
+            for name, config in self._configs.items():
+                config["learning_rate"] = values["learning_rate"]
+                for state, group in states.items():
+                    if name in group:
+                        config[state] = _beside(xp_of[name], group[name])
+                if "t" in config:
+                    config["t"] = values["t"][name]
+        self.best_params = {name: _beside(self.model.params[name], a) for name, a in best.items()}
+        self._order = np.array(arrays["order"])
+        self._losses, self._pending = [float(loss) for loss in arrays["history.loss"]], []
+        self.train_acc_history = [float(value) for value in arrays["history.train_acc"]]
+        self.val_acc_history = [float(value) for value in arrays["history.val_acc"]]
+        self.iteration, self.epoch = int(values["iteration"]), int(values["epoch"])
+        self.best_val_acc = float(values["best_val_acc"])
+        self.generator.bit_generator.state = values["generator"]
+
+    def _load_net(
+        self,
+        arrays: Mapping[str, Array],
+        values: Mapping[str, Any],
+        params: dict[str, Array],
+        states: dict[str, dict[str, Array]],
+    ) -> None:
+        net = self._net
+        assert net is not None
+        net.params = params  # type: ignore[assignment]
+        net.dropout_state = values["dropout"]
+        self._config["learning_rate"] = values["learning_rate"]
+        if "t" in self._config:
+            self._config["t"] = next(iter(values["t"].values()))
+        for state, group in states.items():
+            self._config[state] = None
+            if group:
+                buffer = net.params.empty_like()
+                buffer.update(group)
+                self._config[state] = buffer.flat
+        with net.device.scope():
+            for i, bn_param in enumerate(net.bn_params):
+                for name in RUNNING:
+                    bn_param.pop(name, None)
+                    if f"bn.{i}.{name}" in arrays:
+                        bn_param[name] = net.device.asarray(arrays[f"bn.{i}.{name}"])
+            self.best_bn_params = [
+                {name: net.device.asarray(arrays[f"best.bn.{i}.{name}"]) for name in RUNNING}
+                for i in range(len(net.bn_params))
+                if f"best.bn.{i}.running_mean" in arrays
+            ]
+
+
+def _with_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {key[len(prefix) :]: array for key, array in arrays.items() if key.startswith(prefix)}
+
+
+def _same_shapes(
+    arrays: Mapping[str, Array], params: Mapping[str, Array], *, required: bool
+) -> None:
+    if (required or arrays) and set(arrays) != set(params):
+        raise ValueError(
+            f"it is of another network: it has {', '.join(arrays) or 'no parameters'}, "
+            f"expected {', '.join(params)}"
+        )
+    for name, array in arrays.items():
+        if array.shape != params[name].shape or array.dtype != params[name].dtype:
+            raise ValueError(
+                f"it is of another network: {name} has shape {array.shape} and dtype "
+                f"{array.dtype}, expected {params[name].shape} and {params[name].dtype}"
+            )
+
+
+def _beside(array: Array, host: Array) -> Array:
+    """Copy a NumPy array to the device that holds ``array``."""
+    with backend.scope_of(array):
+        return backend.namespace(array).array(host)
+
+
+def copy_params(params: Mapping[str, Array]) -> dict[str, Array]:
+    """Return a dict of copies."""
+    return {name: array.copy() for name, array in params.items()}
+
+
+def _samples(data: Mapping[str, Array], part: str) -> tuple[Array, Array]:
+    for name in (f"X_{part}", f"y_{part}"):
+        if name not in data:
+            raise ValueError(f"data has no {name!r}, expected X_train, y_train, X_val and y_val")
+    X, y = data[f"X_{part}"], data[f"y_{part}"]
+    if not backend.is_array(X):
+        raise TypeError(f"X_{part} is a {type(X).__name__}, expected a NumPy or CuPy array")
+    if X.ndim < 2 or len(X) == 0:
+        raise ValueError(f"X_{part} has shape {X.shape}, expected (N, d1, ...) with N of at least 1")
+    _check.label_array(y, len(X), f"y_{part}")
+    return X, y
+
+
+def _take(array: Array, chosen: Any) -> Array:
+    """Return the chosen samples; indices go to the array's device."""
+    if backend.is_cuda(array):
+        with backend.scope_of(array):
+            return array[backend.namespace(array).asarray(chosen)]
+    return array[chosen]
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
+    if isinstance(value, bool) or count < 1:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+    return count
+
+
+def _optional_count(name: str, value: Any) -> int | None:
+    return None if value is None else _count(name, value)

@@ -1,0 +1,223 @@
+"""The numerics contract: the CUDA kernels, run on the host, give the bits of their Numba pairs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import host_cuda
+from host_cuda import cupy_stand_in
+from numpy.typing import NDArray
+
+from gpubn.kernels.threads import get_num_threads, set_num_threads
+
+DTYPES = (np.float32, np.float64)
+# Around the edges of a leaf (8), a lane (256), a block's columns (32), a tile (256 and 1,024).
+SHAPES = (
+    *((1, 1), (2, 1), (1, 7), (7, 3), (8, 32), (9, 33), (31, 31), (64, 5), (17, 256), (5, 257)),
+    *((255, 4), (256, 3), (257, 2), (1025, 3), (2049, 1), (9001, 2), (3, 2047), (2, 2049), (2, 9001)),
+)
+VALUES = ("ordinary", "mean 1e6", "constant", "near 1e18", "near 1e30", "subnormal", "special")
+
+
+@pytest.fixture(autouse=True)
+def on_the_host() -> Iterator[None]:
+    with host_cuda():
+        yield
+
+
+def values(kind: str, shape: tuple[int, int], dtype: type, rng: np.random.Generator) -> Any:
+    x = rng.standard_normal(shape)
+    if kind == "mean 1e6":
+        x = 1e6 + 0.5 * x
+    elif kind == "constant":
+        x = np.full(shape, 0.1)
+    elif kind == "near 1e18":
+        x = 1e18 * (1 + 0.1 * x)
+    elif kind == "near 1e30":
+        x = 1e30 * x
+    elif kind == "subnormal":
+        x = x * (1e-40 if dtype is np.float32 else 1e-310)
+    elif kind == "special":
+        x.flat[:: max(1, x.size // 7)] = rng.choice(
+            [np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, -1e-45], len(x.flat[:: max(1, x.size // 7)])
+        )
+    return x.astype(dtype)
+
+
+def both(op: str, call: Callable[[Any, Callable[..., Any]], Any]) -> None:
+    """Run ``call(kernels, array)`` on either half of a pair and compare every result's bits."""
+    import cupy
+
+    cuda = call(importlib.import_module(f"gpubn.kernels.{op}_cuda"), cupy.asarray)
+    numba = call(importlib.import_module(f"gpubn.kernels.{op}_numba"), np.asarray)
+    as_tuple = lambda result: result if isinstance(result, tuple) else (result,)  # noqa: E731
+    cuda, numba = as_tuple(cuda), as_tuple(numba)
+    assert len(cuda) == len(numba)
+    for i, (a, b) in enumerate(zip(cuda, numba, strict=True)):
+        assert_same_bits(cupy.asnumpy(a), b, f"{op} result {i}")
+
+
+def assert_same_bits(a: NDArray[Any], b: NDArray[Any], what: str) -> None:
+    assert a.shape == b.shape, what
+    assert a.dtype == b.dtype, what
+    integer = {4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
+    differ = (a.view(integer) != b.view(integer)) & ~(np.isnan(a) & np.isnan(b))
+    if differ.any():
+        at = tuple(int(i) for i in np.argwhere(differ)[0])
+        pytest.fail(f"{what}: {differ.sum()} of {a.size} differ, first at {at}: {a[at]!r} {b[at]!r}")
+
+
+@pytest.fixture(params=VALUES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: dtype.__name__)
+def dtype(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=("ascending", "reversed"))
+def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cupy_stand_in, "thread_order", request.param)
+
+
+def channels(count: int, dtype: type, rng: np.random.Generator) -> tuple[Any, Any]:
+    return rng.standard_normal(count).astype(dtype), rng.standard_normal(count).astype(dtype)
+
+
+def test_batchnorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
+    for shape in SHAPES:
+        x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
+        gamma, beta = channels(shape[1], dtype, rng)
+        running = channels(shape[1], dtype, rng)
+
+        def run(kernels: Any, array: Any) -> Any:
+            a, g, scale, shift = (array(v) for v in (x, dout, gamma, beta))  # noqa: B023
+            k = kernels.shift(a)
+            mean, var = kernels.moments(a, k)
+            invstd, scale = kernels.statistics(var, scale, 1e-5)
+            out = kernels.normalize(a, k, mean, scale, shift)
+            sums = kernels.backward_sums(g, a, k, mean, invstd)
+            dx = kernels.backward_dx(g, a, k, mean, invstd, scale, *sums, len(x))  # noqa: B023
+            fixed = kernels.backward_dx_fixed(a, scale)
+            new = kernels.running_update(*(array(r) for r in running), k, mean, var, 0.9)  # noqa: B023
+            return (k, mean, var, invstd, scale, out, *sums, dx, fixed, *new)
+
+        both("batchnorm", run)
+
+
+def test_layernorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
+    for shape in SHAPES:
+        x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
+        gamma, beta = channels(shape[1], dtype, rng)
+
+        def run(kernels: Any, array: Any) -> Any:
+            a, g, scale, shift = (array(v) for v in (x, dout, gamma, beta))  # noqa: B023
+            out, *stats = kernels.forward(a, scale, shift, 1e-5)
+            dx = kernels.backward_dx(g, a, scale, *stats)
+            return (out, *stats, dx, *kernels.backward_sums(g, a, *stats))
+
+        both("layernorm", run)
+
+
+def test_relu_and_dropout(kind: str, dtype: Any, rng: np.random.Generator) -> None:
+    for shape in SHAPES:
+        x, dout = values(kind, shape, dtype, rng), values("special", shape, dtype, rng)
+        both(
+            "relu",
+            lambda kernels, array: (
+                kernels.forward(array(x)),  # noqa: B023
+                kernels.backward(array(dout), array(x)),  # noqa: B023
+            ),
+        )
+        seed = int(rng.integers(2**64, dtype=np.uint64))
+        both("dropout", lambda kernels, array: kernels.apply(array(x), 0.7, seed, 3, 2**32 - 1))  # noqa: B023
+        both("dropout", lambda kernels, array: kernels.apply(array(x), 1.0, seed, 0, 0))  # noqa: B023
+
+
+def test_column_sum(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
+    for shape in SHAPES:
+        x = values(kind, shape, dtype, rng)
+        both("columns", lambda kernels, array: kernels.column_sum(array(x)))  # noqa: B023
+
+
+def test_update_rules(kind: str, dtype: Any, rng: np.random.Generator) -> None:
+    w, dw, s = (values(kind, (3, 333), dtype, rng) for _ in range(3))
+    state = np.abs(s)
+
+    def run(kernels: Any, array: Any) -> Any:
+        w_, dw_, s_ = array(w), array(dw), array(state)
+        outs = [array(np.empty_like(w)) for _ in range(9)]
+        kernels.sgd(w_, dw_, 1e-2, outs[0])
+        kernels.sgd_momentum(w_, dw_, s_, 1e-2, 0.9, outs[1], outs[2])
+        kernels.rmsprop(w_, dw_, s_, 1e-2, 0.99, 1e-8, outs[3], outs[4])
+        kernels.adam(
+            w_, dw_, s_, s_, 3, 1e-3, 0.9, 0.999, 1e-8, 1e-2, 500, outs[5], outs[6], outs[7]
+        )
+        kernels.adam(w_, dw_, s_, s_, 3, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0, outs[8], outs[6], outs[7])
+        return tuple(outs)
+
+    both("optimizer", run)
+
+
+def test_moments_merge_as_if_taken_together(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((1000, 5)).astype(np.float32)
+
+    def run(kernels: Any, array: Any) -> Any:
+        a = array(x)
+        k = kernels.shift(a)
+        parts = [kernels.moments(a[i : i + 256], k) for i in range(0, 1000, 256)]
+        xp = importlib.import_module(type(a).__module__.split(".")[0]) if array is np.asarray else None
+        stack = np.stack if xp is np else importlib.import_module("cupy").stack
+        mean, var = (stack([part[i] for part in parts]) for i in range(2))
+        merged = kernels.merge_moments(mean, var, 256, 1000)
+        together = kernels.moments(a, k)
+        return (*merged, *together)
+
+    both("batchnorm", run)
+    kernels = importlib.import_module("gpubn.kernels.batchnorm_numba")
+    mean, var, mean_together, var_together = run(kernels, np.asarray)
+    assert_same_bits(mean, mean_together, "mean")
+    assert_same_bits(var, var_together, "var")
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator) -> None:
+    batchnorm, layernorm, columns, dropout = (
+        importlib.import_module(f"gpubn.kernels.{op}_numba")
+        for op in ("batchnorm", "layernorm", "columns", "dropout")
+    )
+
+    def run(x: Any, dout: Any) -> tuple[Any, ...]:
+        gamma, beta = x[0], x[1]
+        k = batchnorm.shift(x)
+        mean, var = batchnorm.moments(x, k)
+        invstd, scale = batchnorm.statistics(var, gamma, 1e-5)
+        sums = batchnorm.backward_sums(dout, x, k, mean, invstd)
+        out, *stats = layernorm.forward(x, gamma, beta, 1e-5)
+        return (
+            *(mean, var, *sums, out, columns.column_sum(x)),
+            batchnorm.normalize(x, k, mean, scale, beta),
+            batchnorm.backward_dx(dout, x, k, mean, invstd, scale, *sums, len(x)),
+            layernorm.backward_dx(dout, x, gamma, *stats),
+            *layernorm.backward_sums(dout, x, *stats),
+            dropout.apply(x, 0.5, 1, 2, 3),
+        )
+
+    before = get_num_threads()
+    try:
+        for shape in ((70_001, 7), (1031, 300), (5, 40_001)):
+            x = rng.standard_normal(shape).astype(dtype)
+            dout = rng.standard_normal(shape).astype(dtype)
+            set_num_threads(1)
+            expected = run(x, dout)
+            set_num_threads(threads)
+            for i, (a, b) in enumerate(zip(run(x, dout), expected, strict=True)):
+                assert_same_bits(a, b, f"{shape} result {i}")
+    finally:
+        set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Batch norm of ``x (N, D)`` over its rows, on the CPU. The same steps and bits as batchnorm_cuda."""
+"""Batch norm of ``x (N, D)`` over its rows, on the CPU. The same bits as batchnorm_cuda."""
 
 from typing import Any
 

@@ -49,7 +49,7 @@ def reduce_columns(
 
 
 def merge_parts(merge: cupy.RawKernel, parts: Array, part_rows: int, rows: int) -> Array:
-    """Merge ``parts (K, P, D)``, of ``part_rows`` rows each but the last, until one is left: ``(K, D)``."""
+    """Merge ``parts (K, P, D)``, of ``part_rows`` rows each but the last: ``(K, D)``."""
     width, count, columns = parts.shape
     while count > 1:
         tiles = -(-count // _NODES)

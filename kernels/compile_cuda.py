@@ -1,7 +1,8 @@
-"""Compile the .cuh text beside this file with CuPy. Nothing is compiled before it is first called."""
+"""Compile the .cuh text beside this file with CuPy, each kernel when it is first called."""
 
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import cupy
 import numpy as np
@@ -19,7 +20,7 @@ def source(*names: str) -> str:
 
 
 @cache
-def kernel(text: str, name: str, dtype: np.dtype, *arguments: int) -> cupy.RawKernel:  # type: ignore[type-arg]
+def kernel(text: str, name: str, dtype: np.dtype[Any], *arguments: int) -> cupy.RawKernel:
     """Return ``name<dtype, *arguments>``, a template in ``text``."""
     instance = f"gpubn::{name}<{', '.join([_C_NAMES[dtype], *map(str, arguments)])}>"
     return cupy.RawModule(code=text, name_expressions=[instance]).get_function(instance)

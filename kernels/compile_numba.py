@@ -1,21 +1,19 @@
 """How the CPU kernels are compiled, and the one form of array that they are given."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
 
 from gpubn.backend import Array
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 # error_model="numpy": a division by zero gives an infinity, as on CUDA, and costs no branch.
 # fastmath stays off: no fused multiply-add, no other order of additions, no flushing to zero.
 _OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": False}
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel at its first call, for the dtypes that it meets; kept on disk."""
     return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
 

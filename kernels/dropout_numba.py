@@ -26,9 +26,7 @@ def apply(x: Array, p: float, seed: int, stream: int, step: int) -> Array:
 
 
 @compiled
-def _words(
-    first: int, seed: np.uint64, stream: np.uint32, step: np.uint32, words: Any
-) -> None:
+def _words(first: int, seed: np.uint64, stream: np.uint32, step: np.uint32, words: Any) -> None:
     """Fill ``words (4, B)`` with those of blocks ``first`` to ``first + B``.
 
     Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",

@@ -11,9 +11,7 @@ _SOURCE = source("real", "columns", "rows", "layernorm")
 _LANES = 256  # as in rows.cuh
 
 
-def forward(
-    x: Array, gamma: Array, beta: Array, eps: float
-) -> tuple[Array, Array, Array, Array]:
+def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array, Array]:
     """Return out ``(N, D)`` and the rows' shift, mean and invstd, each ``(N,)``."""
     x, gamma, beta = contiguous(x, gamma, beta)
     rows, columns = x.shape

@@ -11,9 +11,7 @@ from gpubn.kernels.rows_numba import LANES, row_sum
 from gpubn.kernels.threads import split
 
 
-def forward(
-    x: Array, gamma: Array, beta: Array, eps: float
-) -> tuple[Array, Array, Array, Array]:
+def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array, Array]:
     """Return out ``(N, D)`` and the rows' shift, mean and invstd, each ``(N,)``."""
     x, gamma, beta = plain(x, gamma, beta)
     rows, columns = x.shape

@@ -1,4 +1,4 @@
-"""The update rules on CUDA: each one kernel over all elements, in place where out is an input."""
+"""The update rules on CUDA, each one kernel; in place where an output is an input."""
 
 import cupy
 
@@ -82,7 +82,7 @@ def rmsprop(
     next_w: Array,
     next_cache: Array,
 ) -> None:
-    """Write ``c = decay * cache + (1 - decay) * dw**2`` and ``w - lr * dw / (sqrt(c) + epsilon)``."""
+    """Write ``c = decay * cache + (1 - decay) * dw**2``, ``w - lr * dw / (sqrt(c) + epsilon)``."""
     _rmsprop(w, dw, cache, lr, decay, 1.0 - decay, epsilon, next_w, next_cache)
 
 

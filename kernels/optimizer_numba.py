@@ -1,4 +1,4 @@
-"""The update rules on the CPU. The same formulas as optimizer_cuda; in place where out is an input."""
+"""The update rules on the CPU, as in optimizer_cuda; in place where an output is an input."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def rmsprop(
     next_w: Array,
     next_cache: Array,
 ) -> None:
-    """Write ``c = decay * cache + (1 - decay) * dw**2`` and ``w - lr * dw / (sqrt(c) + epsilon)``."""
+    """Write ``c = decay * cache + (1 - decay) * dw**2``, ``w - lr * dw / (sqrt(c) + epsilon)``."""
     arrays = _flat(w, dw, cache, next_w, next_cache)
     scalars = _scalars(w, lr, decay, 1.0 - decay, epsilon)
     split(lambda a, b: _rmsprop(*arrays, *scalars, a, b), w.size, w.size)

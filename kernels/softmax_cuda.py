@@ -20,7 +20,7 @@ _over_n = cupy.ElementwiseKernel(
 
 
 def loss(x: Array, y: Array) -> tuple[Array, Array]:
-    """Return the mean loss, an array of no dimensions, and dx ``(N, C)``; labels ``y`` are int64."""
+    """Return the mean loss, an array of no dimensions, and dx ``(N, C)``; ``y`` is int64."""
     x, y = contiguous(x, y)
     rows, columns = x.shape
     losses, dx = cupy.empty((rows, 1), x.dtype), cupy.empty(x.shape, x.dtype)

@@ -13,7 +13,7 @@ from gpubn.kernels.threads import split
 
 
 def loss(x: Array, y: Array) -> tuple[Array, Array]:
-    """Return the mean loss, an array of no dimensions, and dx ``(N, C)``; labels ``y`` are int64."""
+    """Return the mean loss, an array of no dimensions, and dx ``(N, C)``; ``y`` is int64."""
     x, y = plain(x, y)
     losses, dx = np.empty((x.shape[0], 1), x.dtype), np.empty_like(x)
     split(lambda a, b: _loss(x, y, losses, dx, a, b), x.shape[0], x.size)

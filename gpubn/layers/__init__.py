@@ -1,4 +1,5 @@
-"""Layers as functions: ``out, cache = <layer>_forward(...)``, ``gradients = <layer>_backward(dout, cache)``.
+"""Layers as functions: ``<layer>_forward(...)`` gives an output and a cache, ``<layer>_backward(dout,
+cache)`` the gradients.
 
 Names and rules are those of CS231n's second assignment. NumPy arrays in, NumPy arrays out; CuPy
 arrays in, CuPy arrays out. No input is changed; batch norm updates its ``bn_param``.

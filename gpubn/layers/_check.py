@@ -15,7 +15,7 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def floating(name: str, array: Array, ndim: int | None = None) -> None:
-    """Require a float32 or float64 array of at least one sample, of ``ndim`` dimensions if given."""
+    """Require a float32 or float64 array that is not empty, of ``ndim`` dimensions if given."""
     if not is_array(array):
         raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy or CuPy array")
     if isinstance(array, np.ma.MaskedArray):

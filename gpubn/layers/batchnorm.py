@@ -127,9 +127,7 @@ def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     with scope_of(x):
         dgamma, dbeta = kernels.backward_sums(dout, x, shift, mean, invstd)
         if training:
-            dx = kernels.backward_dx(
-                dout, x, shift, mean, invstd, scale, dgamma, dbeta, x.shape[0]
-            )
+            dx = kernels.backward_dx(dout, x, shift, mean, invstd, scale, dgamma, dbeta, x.shape[0])
         else:
             dx = kernels.backward_dx_fixed(dout, scale)
     return dx, dgamma, dbeta

@@ -39,9 +39,7 @@ def affine_bn_relu_forward(
     return out, (affine, norm, relu)
 
 
-def affine_bn_relu_backward(
-    dout: Array, cache: Any
-) -> tuple[Array, Array, Array, Array, Array]:
+def affine_bn_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array, Array, Array]:
     """Return dx, dw, db, dgamma and dbeta."""
     affine, norm, relu = cache
     dout, dgamma, dbeta = batchnorm_backward(relu_backward(dout, relu), norm)

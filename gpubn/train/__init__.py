@@ -1,4 +1,4 @@
-"""Networks and their training: ``FullyConnectedNet``, ``Solver``, update rules, data, checkpoints."""
+"""Networks and their training: ``FullyConnectedNet``, ``Solver``, update rules, data."""
 
 from gpubn.train import optim
 from gpubn.train.data import DataError, Dataset, Preprocessing

@@ -1,7 +1,7 @@
 """Checkpoints of training and files of networks, in the safetensors format.
 
-A file holds arrays and, as its metadata's entry ``gpubn``, one JSON text: the configuration, and what
-of the state is no array. A SHA-256 over both tells whether it is as it was written.
+A file holds arrays and, as its metadata's entry ``gpubn``, one JSON text: the configuration, and
+what of the state is no array. A SHA-256 over both tells whether it is as it was written.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ def save_model(
             if name in bn_param:
                 arrays[f"{name}{i}"] = bn_param[name]
     _write(
-        path, "model", {**arrays, **_extra(extra)}, {"net": net.config, "config": dict(config or {})}
+        path,
+        "model",
+        {**arrays, **_extra(extra)},
+        {"net": net.config, "config": dict(config or {})},
     )
 
 
@@ -115,7 +118,7 @@ def load_model(
     arrays, header = _read(path, "model")
     try:
         net = FullyConnectedNet(**header["net"], device=device)
-        net.params = {name: arrays[name] for name in net.params}  # type: ignore[assignment]
+        net.params = {name: arrays[name] for name in net.params}
         for i, bn_param in enumerate(net.bn_params, 1):
             for name in RUNNING:
                 if f"{name}{i}" in arrays:

@@ -21,7 +21,7 @@ Rule = Callable[..., tuple[Array, Config]]
 
 @dataclass(frozen=True)
 class _Definition:
-    """One rule: its scalars with their defaults, its arrays of state, and its kernel's arguments."""
+    """One rule: its scalars and their defaults, its arrays of state, its kernel's arguments."""
 
     scalars: Mapping[str, float]
     state: tuple[str, ...]
@@ -114,7 +114,9 @@ def adamw(w: Array, dw: Array, config: Config | None = None) -> tuple[Array, Con
     return _new("adamw", w, dw, config)
 
 
-_FUNCTIONS: dict[str, Rule] = {rule.__name__: rule for rule in (sgd, sgd_momentum, rmsprop, adam, adamw)}
+_FUNCTIONS: dict[str, Rule] = {
+    rule.__name__: rule for rule in (sgd, sgd_momentum, rmsprop, adam, adamw)
+}
 
 
 def get(rule: str) -> Rule:

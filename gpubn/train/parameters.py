@@ -83,9 +83,7 @@ class Parameters(dict[str, Array]):
             raise KeyError(f"there is no parameter {name!r}; there are {', '.join(self)}")
         view = self[name]
         if not is_array(array):
-            raise TypeError(
-                f"{name} is a {type(array).__name__}, expected a NumPy or CuPy array"
-            )
+            raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy or CuPy array")
         if array.dtype != view.dtype:
             raise TypeError(f"{name} has dtype {array.dtype}, expected {view.dtype}")
         if array.shape != view.shape:

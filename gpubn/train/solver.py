@@ -16,7 +16,6 @@ from gpubn.layers import _check
 from gpubn.train import optim
 from gpubn.train.net import FullyConnectedNet
 
-
 RUNNING = ("running_mean", "running_var")
 """The keys of a batch norm's running statistics."""
 
@@ -262,7 +261,7 @@ class Solver:
             self.restore_best()
 
     def stop(self) -> None:
-        """Let ``train`` return after the iteration that is under way, ready to be saved or go on."""
+        """Let ``train`` return after the iteration under way, ready to be saved or to go on."""
         self.stopped = True
 
     def restore_best(self) -> None:
@@ -272,7 +271,7 @@ class Solver:
         if self._net is None:
             self.model.params = copy_params(self.best_params)
             return
-        self._net.params = self.best_params  # type: ignore[assignment]
+        self._net.params = self.best_params
         for bn_param, best in zip(self._net.bn_params, self.best_bn_params, strict=True):
             bn_param.update(best)
 
@@ -408,7 +407,10 @@ class Solver:
                 if config.get(state) is not None:
                     arrays[f"optim.{state}.{name}"] = config[state]
         if self._net is not None:
-            for prefix, bn_params in (("bn", self._net.bn_params), ("best.bn", self.best_bn_params)):
+            for prefix, bn_params in (
+                ("bn", self._net.bn_params),
+                ("best.bn", self.best_bn_params),
+            ):
                 for i, bn_param in enumerate(bn_params):
                     for name in RUNNING:
                         if name in bn_param:
@@ -476,7 +478,7 @@ class Solver:
     ) -> None:
         net = self._net
         assert net is not None
-        net.params = params  # type: ignore[assignment]
+        net.params = params
         net.dropout_state = values["dropout"]
         self._config["learning_rate"] = values["learning_rate"]
         if "t" in self._config:
@@ -539,7 +541,9 @@ def _samples(data: Mapping[str, Array], part: str) -> tuple[Array, Array]:
     if not backend.is_array(X):
         raise TypeError(f"X_{part} is a {type(X).__name__}, expected a NumPy or CuPy array")
     if X.ndim < 2 or len(X) == 0:
-        raise ValueError(f"X_{part} has shape {X.shape}, expected (N, d1, ...) with N of at least 1")
+        raise ValueError(
+            f"X_{part} has shape {X.shape}, expected (N, d1, ...) with N of at least 1"
+        )
     _check.label_array(y, len(X), f"y_{part}")
     return X, y
 

@@ -12,13 +12,15 @@ from conftest import host_cuda
 from host_cuda import cupy_stand_in
 from numpy.typing import NDArray
 
+from gpubn.backend import namespace
 from gpubn.kernels.threads import get_num_threads, set_num_threads
 
 DTYPES = (np.float32, np.float64)
 # Around the edges of a leaf (8), a lane (256), a block's columns (32), a tile (256 and 1,024).
 SHAPES = (
-    *((1, 1), (2, 1), (1, 7), (7, 3), (8, 32), (9, 33), (31, 31), (64, 5), (17, 256), (5, 257)),
-    *((255, 4), (256, 3), (257, 2), (1025, 3), (2049, 1), (9001, 2), (3, 2047), (2, 2049), (2, 9001)),
+    *((1, 1), (2, 1), (1, 7), (7, 3), (8, 32), (9, 33), (31, 31), (64, 5), (17, 256)),
+    *((255, 4), (256, 3), (257, 2), (1025, 3), (2049, 1), (9001, 2)),
+    *((5, 257), (3, 2047), (2, 2049), (2, 9001)),
 )
 VALUES = ("ordinary", "mean 1e6", "constant", "near 1e18", "near 1e30", "subnormal", "special")
 
@@ -68,7 +70,9 @@ def assert_same_bits(a: NDArray[Any], b: NDArray[Any], what: str) -> None:
     differ = (a.view(integer) != b.view(integer)) & ~(np.isnan(a) & np.isnan(b))
     if differ.any():
         at = tuple(int(i) for i in np.argwhere(differ)[0])
-        pytest.fail(f"{what}: {differ.sum()} of {a.size} differ, first at {at}: {a[at]!r} {b[at]!r}")
+        pytest.fail(
+            f"{what}: {differ.sum()} of {a.size} differ, first at {at}: {a[at]!r} and {b[at]!r}"
+        )
 
 
 @pytest.fixture(params=VALUES)
@@ -172,8 +176,7 @@ def test_moments_merge_as_if_taken_together(rng: np.random.Generator) -> None:
         a = array(x)
         k = kernels.shift(a)
         parts = [kernels.moments(a[i : i + 256], k) for i in range(0, 1000, 256)]
-        xp = importlib.import_module(type(a).__module__.split(".")[0]) if array is np.asarray else None
-        stack = np.stack if xp is np else importlib.import_module("cupy").stack
+        stack = namespace(a).stack
         mean, var = (stack([part[i] for part in parts]) for i in range(2))
         merged = kernels.merge_moments(mean, var, 256, 1000)
         together = kernels.moments(a, k)

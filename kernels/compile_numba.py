@@ -10,12 +10,15 @@ from gpubn.backend import Array
 
 # error_model="numpy": a division by zero gives an infinity, as on CUDA, and costs no branch.
 # fastmath stays off: no fused multiply-add, no other order of additions, no flushing to zero.
-_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": False}
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False}
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel at its first call, for the dtypes that it meets; kept on disk."""
-    return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # Numba found no folder that it may write to: each process compiles anew
+        return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 def plain(*arrays: Array) -> tuple[Any, ...]:

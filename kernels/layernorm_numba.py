@@ -7,7 +7,7 @@ import numpy as np
 from gpubn.backend import Array
 from gpubn.kernels.columns_numba import gradient_sums
 from gpubn.kernels.compile_numba import compiled, plain
-from gpubn.kernels.rows_numba import LANES, row_sum
+from gpubn.kernels.rows_numba import buffer_for, row_sum, scratch_for
 from gpubn.kernels.threads import split
 
 
@@ -61,9 +61,7 @@ def _forward(
 ) -> None:
     real = x.dtype.type
     columns = x.shape[1]
-    lanes = np.empty(LANES, x.dtype)
-    d = np.empty(columns, x.dtype)
-    squares = np.empty(columns, x.dtype)
+    scratch, d, squares = scratch_for(x), buffer_for(x), buffer_for(x)
     for r in range(first, last):
         xr, y = x[r], out[r]
         # The middle of three values, as in real.cuh.
@@ -74,11 +72,11 @@ def _forward(
             k = a if a > c else c
         for j in range(columns):
             d[j] = xr[j] - k
-        m = row_sum(d, lanes) / real(columns)
+        m = row_sum(d, scratch) / real(columns)
         for j in range(columns):
             d[j] = d[j] - m
             squares[j] = (d[j] * square_scale) * d[j]
-        var = row_sum(squares, lanes) / (real(columns) * square_scale)
+        var = row_sum(squares, scratch) / (real(columns) * square_scale)
         s = real(1) / np.sqrt(var + eps)
         for j in range(columns):
             y[j] = (d[j] * s) * gamma[j] + beta[j]
@@ -99,10 +97,7 @@ def _backward_dx(
 ) -> None:
     columns = x.shape[1]
     count = x.dtype.type(columns)
-    lanes = np.empty(LANES, x.dtype)
-    g = np.empty(columns, x.dtype)
-    xhat = np.empty(columns, x.dtype)
-    gx = np.empty(columns, x.dtype)
+    scratch, g, gx, xhat = scratch_for(x), buffer_for(x), buffer_for(x), buffer_for(x)
     for r in range(first, last):
         dr, xr, y = dout[r], x[r], dx[r]
         k, m, s = shift[r], mean[r], invstd[r]
@@ -110,7 +105,7 @@ def _backward_dx(
             g[j] = dr[j] * gamma[j]
             xhat[j] = ((xr[j] - k) - m) * s
             gx[j] = g[j] * xhat[j]
-        mean_g = row_sum(g, lanes) / count
-        mean_gx = row_sum(gx, lanes) / count
+        mean_g = row_sum(g, scratch) / count
+        mean_gx = row_sum(gx, scratch) / count
         for j in range(columns):
             y[j] = s * ((g[j] - mean_g) - xhat[j] * mean_gx)

@@ -8,46 +8,48 @@ from gpubn.kernels.columns_numba import fold_sums, levels_for, push_sums, sum8
 from gpubn.kernels.compile_numba import compiled
 
 LANES = 256
+LEAF = 8 * LANES  # values of a row that make one leaf of every lane
 
 
 @compiled
-def row_sum(v: Any, lanes: Any) -> Any:
-    """Return the sum of ``v (D,)`` in the row order; ``lanes (256,)`` is scratch."""
-    columns = v.shape[0]
-    width = LANES
-    if columns <= LANES:
-        # One value a lane. Adding +0 stands for all the absent ones; so does leaving out lanes.
-        zero = v.dtype.type(0)
-        while width // 2 >= columns and width > 1:
-            width //= 2
-        for j in range(columns):
-            lanes[j] = v[j] + zero
-        for j in range(columns, width):
-            lanes[j] = zero
+def buffer_for(x: Any) -> Any:
+    """Return zeros for a row of ``x (N, D)``, with room behind it for the +0 of absent values.
+
+    Those fill the last leaf, or the lanes up to a power of two where a row has no more than 256.
+    """
+    columns = x.shape[1]
+    size = 1
+    if columns > LANES:
+        size = (columns + LEAF - 1) // LEAF * LEAF
+    while size < columns:
+        size *= 2
+    return np.zeros(size, x.dtype)
+
+
+@compiled
+def scratch_for(x: Any) -> Any:
+    """Return the memory in which ``row_sum`` adds up a row of ``x (N, D)``."""
+    return np.empty((levels_for(x.shape[1] // LEAF + 1) + 1, 1, LANES), x.dtype)
+
+
+@compiled
+def row_sum(row: Any, scratch: Any) -> Any:
+    """Return the sum of a row, in a buffer that ``buffer_for`` made, in the row order."""
+    levels, node = scratch[1:], scratch[0]
+    lanes = node[0]
+    width = min(row.shape[0], LANES)
+    if row.shape[0] <= LANES:
+        zero = row.dtype.type(0)
+        for j in range(width):
+            lanes[j] = row[j] + zero  # one value a lane; +0 stands for the seven absent ones
     else:
-        _sum_lanes(v, lanes)
+        leaves = row.shape[0] // LEAF
+        for leaf in range(leaves):
+            sum8(row[leaf * LEAF : (leaf + 1) * LEAF].reshape(8, LANES), lanes)
+            push_sums(levels, leaf, node)
+        fold_sums(levels, leaves, node, False)
     while width > 1:
         width //= 2
         for j in range(width):
             lanes[j] = lanes[j] + lanes[j + width]
     return lanes[0]
-
-
-@compiled
-def _sum_lanes(v: Any, lanes: Any) -> None:
-    columns = v.shape[0]
-    span = 8 * LANES  # values of a leaf
-    leaves = columns // span
-    levels = np.empty((levels_for(leaves + 1), 1, LANES), v.dtype)
-    node = np.empty((1, LANES), v.dtype)
-    for leaf in range(leaves):
-        sum8(v[leaf * span : (leaf + 1) * span].reshape(8, LANES), node[0])
-        push_sums(levels, leaf, node)
-    if columns % span:
-        last = np.zeros(span, v.dtype)  # values beyond the last one add +0
-        last[: columns % span] = v[leaves * span :]
-        sum8(last.reshape(8, LANES), node[0])
-        fold_sums(levels, leaves, node, True)
-    else:
-        fold_sums(levels, leaves, node, False)
-    lanes[:] = node[0]

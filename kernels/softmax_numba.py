@@ -8,7 +8,7 @@ import numpy as np
 from gpubn.backend import Array
 from gpubn.kernels.columns_numba import column_sum
 from gpubn.kernels.compile_numba import compiled, plain
-from gpubn.kernels.rows_numba import LANES, row_sum
+from gpubn.kernels.rows_numba import buffer_for, row_sum, scratch_for
 from gpubn.kernels.threads import split
 
 
@@ -24,16 +24,16 @@ def loss(x: Array, y: Array) -> tuple[Array, Array]:
 def _loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> None:
     real = x.dtype.type
     columns, count = x.shape[1], real(x.shape[0])
-    lanes = np.empty(LANES, x.dtype)
+    scratch, e = scratch_for(x), buffer_for(x)
     for r in range(first, last):
-        xr, e = x[r], dx[r]
+        xr, dxr = x[r], dx[r]
         top = xr[0]
         for j in range(1, columns):
             if xr[j] > top:
                 top = xr[j]
         for j in range(columns):
             e[j] = math.exp(xr[j] - top)
-        total = row_sum(e, lanes)
+        total = row_sum(e, scratch)
         losses[r, 0] = real(math.log(total)) - (xr[y[r]] - top)
         for j in range(columns):
-            e[j] = (e[j] / total - real(j == y[r])) / count
+            dxr[j] = (e[j] / total - real(j == y[r])) / count

@@ -216,7 +216,8 @@ class FullyConnectedNet:
             if self.reg:
                 weights = self._params.flat[: self.num_weights]
                 loss = loss + 0.5 * self.reg * (weights @ weights)
-                grads.flat[: self.num_weights] += self.reg * weights
+                weight_grads = grads.flat[: self.num_weights]
+                weight_grads += self.reg * weights
         return loss
 
     def _scores(self, X: Array, mode: str) -> tuple[Array, list[Any]]:

@@ -80,19 +80,57 @@ HOST_CUDA_STATE dim3 gridDim;
 constexpr int warpSize = 32;
 
 // ---------------------------------------------------------------------------------------------
+// Fibers: a stack each, and a switch from one to another
+
+namespace host_cuda {
+
+constexpr size_t STACK_BYTES = 128 << 10;
+
+// The page below a stack: an overflow faults there, and corrupts nothing.
+inline size_t guard_bytes() { return size_t(sysconf(_SC_PAGESIZE)); }
+
+inline char* new_stack() {
+    void* memory = mmap(nullptr, guard_bytes() + STACK_BYTES, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, guard_bytes(), PROT_NONE) != 0) {
+        fprintf(stderr, "host_cuda: no memory for the stack of a thread\n");
+        abort();
+    }
+    return static_cast<char*>(memory) + guard_bytes();
+}
+
+struct Fiber {
+    ucontext_t entry;  // for its first run; later switches are jumps, without system calls
+    jmp_buf context;
+    bool started = true;
+    char* stack = nullptr;
+    Fiber* next_free = nullptr;
+
+    Fiber() = default;  // for the scheduler, which has a stack
+    explicit Fiber(void (*run)()) : started(false), stack(new_stack()) {
+        getcontext(&entry);
+        entry.uc_stack.ss_sp = stack;
+        entry.uc_stack.ss_size = STACK_BYTES;
+        entry.uc_link = nullptr;
+        makecontext(&entry, run, 0);
+    }
+    __attribute__((noinline)) void switch_to(Fiber* other) {
+        if (_setjmp(context) != 0) return;
+        if (other->started) _longjmp(other->context, 1);
+        other->started = true;
+        setcontext(&other->entry);
+    }
+};
+
+}  // namespace host_cuda
+
+// ---------------------------------------------------------------------------------------------
 // The scheduler
 
 namespace host_cuda {
 
 enum class State : unsigned char { fresh, ready, at_block_barrier, at_warp_operation, done };
 enum class WarpOperation : unsigned char { sync, shuffle, ballot };
-
-struct Fiber {
-    ucontext_t entry;   // where its first run begins; it is switched with jmp_buf, without system calls
-    jmp_buf context;
-    bool started;
-    Fiber* next_free;
-};
 
 struct Thread {
     uint3 index;
@@ -105,7 +143,6 @@ struct Thread {
     Fiber* fiber;       // its stack, while it is suspended
 };
 
-constexpr size_t STACK_BYTES = 128 << 10;
 constexpr unsigned KEPT_FIBERS = 256;  // between launches: a process may map only so many stacks
 constexpr unsigned MAX_THREADS = 1024;
 
@@ -113,12 +150,12 @@ struct Machine {
     Thread threads[MAX_THREADS];
     Thread* order[MAX_THREADS];  // in which they run
     unsigned thread_count;
-    unsigned next_fresh, fresh_end;  // positions in order of the warp's threads yet to start
+    unsigned next, end;          // what is left, in order, of the warp that is running
     Thread* current;
-    Fiber* running;
+    Fiber* running;              // the fiber of the current thread
+    Fiber scheduler;
     Fiber* free_fibers;
     unsigned fiber_count;
-    jmp_buf scheduler;
     void (*call)(void* kernel, void** args);
     void* kernel;
     void** args;
@@ -145,95 +182,87 @@ inline void make_current(Thread* thread) {
     threadIdx = thread->index;
 }
 
-__attribute__((noinline)) inline void to_scheduler(Fiber* from) {
-    if (_setjmp(from->context) == 0) _longjmp(machine->scheduler, 1);
+// Returns the warp's next thread that can run, or null; a fresh one is not yet taken.
+inline Thread* next_thread() {
+    for (; machine->next < machine->end && !machine->failed; ++machine->next) {
+        Thread* thread = machine->order[machine->next];
+        if (thread->state == State::fresh) return thread;
+        if (thread->state == State::ready) {
+            ++machine->next;
+            return thread;
+        }
+    }
+    return nullptr;
 }
 
 // A thread that never waits runs to its end here, and the next one follows it on the same stack.
 // Only a thread that waits takes the fiber with it, and the scheduler goes on with another.
 inline void run_fresh_threads() {
     for (;;) {
-        while (machine->next_fresh < machine->fresh_end && !machine->failed) {
-            Thread* thread = machine->order[machine->next_fresh++];
-            make_current(thread);
+        while (machine->next < machine->end && !machine->failed &&
+               machine->order[machine->next]->state == State::fresh) {
+            make_current(machine->order[machine->next++]);
             machine->call(machine->kernel, machine->args);
             machine->current->state = State::done;
         }
         Fiber* self = machine->running;
         self->next_free = machine->free_fibers;
         machine->free_fibers = self;
-        to_scheduler(self);
+        self->switch_to(&machine->scheduler);
     }
 }
 
-// The page below a stack: an overflow faults there, and corrupts nothing.
-inline size_t guard_bytes() { return size_t(sysconf(_SC_PAGESIZE)); }
-
-inline Fiber* new_fiber() {
-    const size_t guard = guard_bytes();
-    void* memory = mmap(nullptr, guard + STACK_BYTES, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    Fiber* fiber = static_cast<Fiber*>(malloc(sizeof(Fiber)));
-    if (memory == MAP_FAILED || fiber == nullptr || mprotect(memory, guard, PROT_NONE) != 0) {
-        fprintf(stderr, "host_cuda: no memory for the stack of a thread\n");
-        abort();
+inline Fiber* take_fiber() {
+    Fiber* fiber = machine->free_fibers;
+    if (fiber) {
+        machine->free_fibers = fiber->next_free;
+        return fiber;
     }
-    getcontext(&fiber->entry);
-    fiber->entry.uc_stack.ss_sp = static_cast<char*>(memory) + guard;
-    fiber->entry.uc_stack.ss_size = STACK_BYTES;
-    fiber->entry.uc_link = nullptr;
-    makecontext(&fiber->entry, run_fresh_threads, 0);
-    fiber->started = false;
     ++machine->fiber_count;
-    return fiber;
+    return new Fiber(run_fresh_threads);
 }
 
 inline void drop_spare_fibers() {
     while (machine->fiber_count > KEPT_FIBERS && machine->free_fibers) {
         Fiber* fiber = machine->free_fibers;
         machine->free_fibers = fiber->next_free;
-        char* stack = static_cast<char*>(fiber->entry.uc_stack.ss_sp);
-        munmap(stack - guard_bytes(), guard_bytes() + STACK_BYTES);
-        free(fiber);
+        munmap(fiber->stack - guard_bytes(), guard_bytes() + STACK_BYTES);
+        delete fiber;
         --machine->fiber_count;
     }
-}
-
-__attribute__((noinline)) inline void run_fiber(Fiber* fiber) {
-    machine->running = fiber;
-    if (_setjmp(machine->scheduler) != 0) return;
-    if (fiber->started) _longjmp(fiber->context, 1);
-    fiber->started = true;
-    setcontext(&fiber->entry);
 }
 
 // Called by a thread: sleeps until the scheduler has ended what the thread waits for.
 inline void wait(State state, int line) {
     compiler_barrier();
     Thread* self = machine->current;
+    Fiber* fiber = machine->running;
     self->state = state;
     self->line = line;
-    self->fiber = machine->running;
-    to_scheduler(self->fiber);
+    self->fiber = fiber;
+    Thread* next = next_thread();
+    if (next && next->state == State::ready) {  // straight to it, past the scheduler
+        make_current(next);
+        machine->running = next->fiber;
+        fiber->switch_to(next->fiber);
+    } else {
+        fiber->switch_to(&machine->scheduler);
+    }
     compiler_barrier();
 }
 
-inline void run_ready_threads(unsigned begin, unsigned end) {
-    for (machine->next_fresh = begin, machine->fresh_end = end;
-         machine->next_fresh < end && machine->order[machine->next_fresh]->state == State::fresh;) {
-        Fiber* fiber = machine->free_fibers;
-        if (fiber) machine->free_fibers = fiber->next_free;
-        else fiber = new_fiber();
-        run_fiber(fiber);
-        if (machine->failed) return;
-    }
-    machine->next_fresh = end;  // so that a fiber whose thread ends below starts no other
-    for (unsigned i = begin; i < end; ++i) {
-        Thread* thread = machine->order[i];
-        if (thread->state != State::ready) continue;
-        make_current(thread);
-        run_fiber(thread->fiber);
-        if (machine->failed) return;
+// Runs the threads of a warp that can run until each waits or has ended.
+inline void run_warp(unsigned begin, unsigned end) {
+    machine->next = begin;
+    machine->end = end;
+    while (Thread* thread = next_thread()) {
+        if (thread->state == State::fresh) {
+            machine->running = take_fiber();
+        } else {
+            make_current(thread);
+            machine->running = thread->fiber;
+        }
+        machine->scheduler.switch_to(machine->running);
     }
 }
 
@@ -330,7 +359,7 @@ inline void run_block(bool descending) {
             const unsigned lanes = count - begin < warpSize ? count - begin : warpSize;
             const unsigned first = descending ? count - begin - lanes : begin;
             do {
-                run_ready_threads(first, first + lanes);
+                run_warp(first, first + lanes);
                 if (machine->failed) return;
             } while (release_warp(machine->threads + begin, lanes));
         }
@@ -346,7 +375,7 @@ void call_kernel(void (*kernel)(P...), void** args, std::index_sequence<I...>) {
 template <class... P>
 const char* launch(void (*kernel)(P...), const unsigned* grid, const unsigned* block, void** args,
                    bool descending) {
-    if (!machine) machine = static_cast<Machine*>(calloc(1, sizeof(Machine)));
+    if (!machine) machine = new Machine();
     gridDim = dim3(grid[0], grid[1], grid[2]);
     blockDim = dim3(block[0], block[1], block[2]);
     machine->thread_count = block[0] * block[1] * block[2];

@@ -78,7 +78,7 @@ class CUDADriverError(RuntimeError):
     """cupy.cuda.driver.CUDADriverError: here, a launch that a GPU would refuse or never finish."""
 
 
-class CompileException(Exception):  # noqa: N818 - CuPy's name
+class CompileException(Exception):
     """cupy.cuda.compiler.CompileException."""
 
 

@@ -21,10 +21,10 @@ __global__ void batchnorm_moments(const T* x, const T* shift, T* out, long long 
         R square[8] = {};
         for (int i = 0; i < node.rows; i++) {
             R e = d[i] - node.mean;
-            square[i] = e * e;
+            square[i] = (e * eighth) * e;
         }
         sum = sum8(square);
-        node.var = node.rows == 8 ? sum * eighth : sum / n;
+        node.var = node.rows == 8 ? sum : sum / (n * eighth);
         return node;
     });
 }

@@ -131,14 +131,16 @@ def _moments_leaf(x: Any, shift: Any, r: int, a: int, b: int, node: Any) -> None
         m = (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))) * eighth
         e0, e1, e2, e3 = d0 - m, d1 - m, d2 - m, d3 - m
         e4, e5, e6, e7 = d4 - m, d5 - m, d6 - m, d7 - m
-        left = (e0 * e0 + e1 * e1) + (e2 * e2 + e3 * e3)
+        # Divided before they are summed: eight squares overflow where their mean does not.
+        s0, s1, s2, s3 = e0 * eighth * e0, e1 * eighth * e1, e2 * eighth * e2, e3 * eighth * e3
+        s4, s5, s6, s7 = e4 * eighth * e4, e5 * eighth * e5, e6 * eighth * e6, e7 * eighth * e7
         mean[j] = m
-        var[j] = (left + ((e4 * e4 + e5 * e5) + (e6 * e6 + e7 * e7))) * eighth
+        var[j] = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
 
 
 @compiled
 def _moments_short_leaf(x: Any, shift: Any, r: int, rows: int, a: int, b: int, node: Any) -> None:
-    count = x.dtype.type(rows)
+    count, eighth = x.dtype.type(rows), x.dtype.type(0.125)
     v = np.zeros((8, b - a), x.dtype)  # rows beyond the last one add +0
     for i in range(rows):
         for j in range(b - a):
@@ -149,10 +151,10 @@ def _moments_short_leaf(x: Any, shift: Any, r: int, rows: int, a: int, b: int, n
     for i in range(rows):
         for j in range(b - a):
             e = v[i, j] - node[0, j]
-            v[i, j] = e * e
+            v[i, j] = e * eighth * e
     sum8(v, node[1])
     for j in range(b - a):
-        node[1, j] /= count
+        node[1, j] /= count * eighth
 
 
 @compiled

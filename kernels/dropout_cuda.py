@@ -20,7 +20,9 @@ def apply(x: Array, p: float, seed: int, stream: int, step: int) -> Array:
 
     The same call on ``dout`` is the backward pass.
     """
+    shape = x.shape  # contiguous() gives an array of no dimensions one
     (x,) = contiguous(x)  # the mask follows the C order of the elements
     threshold = np.uint64(round(p * 2**32))
     key = (np.uint64(seed), np.uint32(stream), np.uint32(step))
-    return _apply(x, x.dtype.type(1 / p), threshold, *key, cupy.empty(x.shape, x.dtype))
+    out = _apply(x, x.dtype.type(1 / p), threshold, *key, cupy.empty(x.shape, x.dtype))
+    return out.reshape(shape)

@@ -1,8 +1,8 @@
-"""Layers as functions: ``<layer>_forward(...)`` gives an output and a cache, ``<layer>_backward(dout,
-cache)`` the gradients.
+"""Layers as functions: a forward that gives an output and a cache, a backward that gives gradients.
 
-Names and rules are those of CS231n's second assignment. NumPy arrays in, NumPy arrays out; CuPy
-arrays in, CuPy arrays out. No input is changed; batch norm updates its ``bn_param``.
+``out, cache = <layer>_forward(...)``, ``gradients = <layer>_backward(dout, cache)``, with the names
+and rules of CS231n's second assignment. NumPy arrays in, NumPy arrays out; CuPy arrays in, CuPy
+arrays out. No input is changed; batch norm updates its ``bn_param``.
 """
 
 from gpubn.layers.affine import affine_backward, affine_forward

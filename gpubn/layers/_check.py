@@ -16,10 +16,7 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 def floating(name: str, array: Array, ndim: int | None = None) -> None:
     """Require a float32 or float64 array that is not empty, of ``ndim`` dimensions if given."""
-    if not is_array(array):
-        raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy or CuPy array")
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, expected a plain array: fill its gaps first")
+    _array(name, array)
     if array.dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {array.dtype}, expected float32 or float64")
     if ndim is not None and array.ndim != ndim:
@@ -30,8 +27,7 @@ def floating(name: str, array: Array, ndim: int | None = None) -> None:
 
 def like(name: str, array: Array, shape: tuple[int, ...], x: Array, x_name: str = "x") -> None:
     """Require an array of this shape, of ``x``'s dtype and on ``x``'s device."""
-    if not is_array(array):
-        raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy or CuPy array")
+    _array(name, array)
     if place(array) != place(x):
         raise ValueError(
             f"{name} is on {place(array)} and {x_name} on {place(x)}, expected one device"
@@ -112,3 +108,10 @@ def cache_of(layer: str, cache: Any, kind: type) -> None:
         raise TypeError(
             f"cache is a {type(cache).__name__}, expected the one that {layer}_forward returned"
         )
+
+
+def _array(name: str, array: Array) -> None:
+    if not is_array(array):
+        raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy or CuPy array")
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, expected a plain array: fill its gaps first")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from gpubn.backend import Array, scope_of
+import numpy as np
+
+from gpubn.backend import Array, is_cuda, namespace, scope_of
 from gpubn.kernels import for_array
 from gpubn.layers import _check
 
@@ -46,7 +48,7 @@ def affine_forward(x: Array, w: Array, b: Array) -> tuple[Array, Any]:
     _check.like("w", w, (math.prod(x.shape[1:]), w.shape[1]), x)
     _check.like("b", b, (w.shape[1],), x)
     with scope_of(x):
-        out = x.reshape(x.shape[0], -1) @ w
+        out = _rows(x) @ _plain(w)
         out += b
     return out, _Cache(x, w)
 
@@ -57,7 +59,19 @@ def affine_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     x, w = cache
     _check.like("dout", dout, (x.shape[0], w.shape[1]), x)
     with scope_of(x):
-        dx = (dout @ w.T).reshape(x.shape)
-        dw = x.reshape(x.shape[0], -1).T @ dout
+        dout = _plain(dout)
+        dx = (dout @ _plain(w).T).reshape(x.shape)
+        dw = _rows(x).T @ dout
         db = for_array("columns", dout).column_sum(dout)
     return dx, dw, db
+
+
+def _rows(x: Array) -> Array:
+    return _plain(x).reshape(x.shape[0], -1)
+
+
+def _plain(array: Array) -> Array:
+    """Return the array in C order, aligned: a BLAS adds in another order for another layout."""
+    if is_cuda(array):
+        return namespace(array).ascontiguousarray(array)
+    return np.require(array, requirements=["C", "A"])

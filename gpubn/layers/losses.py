@@ -45,6 +45,7 @@ def svm_loss(x: Array, y: Array) -> tuple[Array, Array]:
     xp = namespace(x)
     with scope_of(x):
         y = _check.labels(y, x)
+        x = xp.ascontiguousarray(x)  # a sum follows the order of memory
         samples = xp.arange(x.shape[0])
         margins = xp.maximum(0, x - x[samples, y][:, None] + 1)
         margins[samples, y] = 0

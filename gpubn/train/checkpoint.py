@@ -106,7 +106,7 @@ def save_model(
 def load_model(
     path: str | os.PathLike[str], device: str | None = None
 ) -> tuple[FullyConnectedNet, dict[str, Any], dict[str, Any]]:
-    """Return the network of a file that ``save_model`` wrote, and the config and extra arrays in it.
+    """Return the network that ``save_model`` wrote, and the config and extra arrays beside it.
 
     Raises
     ------

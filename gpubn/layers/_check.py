@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -14,28 +15,36 @@ from gpubn.backend import Array, is_array, place, to_host
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def floating(name: str, array: Array, ndim: int | None = None) -> None:
+def array(name: str, value: Any) -> None:
+    """Require a NumPy or CuPy array, and no masked one, whose mask would go unheeded."""
+    if not is_array(value):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a NumPy or CuPy array")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, expected a plain array: fill its gaps first")
+
+
+def floating(name: str, value: Array, ndim: int | None = None) -> None:
     """Require a float32 or float64 array that is not empty, of ``ndim`` dimensions if given."""
-    _array(name, array)
-    if array.dtype not in FLOATS:
-        raise TypeError(f"{name} has dtype {array.dtype}, expected float32 or float64")
-    if ndim is not None and array.ndim != ndim:
-        raise ValueError(f"{name} has shape {array.shape}, expected {ndim} dimensions")
-    if array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape}, expected at least one value")
+    array(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected float32 or float64")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} has shape {value.shape}, expected {ndim} dimensions")
+    if value.size == 0:
+        raise ValueError(f"{name} has shape {value.shape}, expected at least one value")
 
 
-def like(name: str, array: Array, shape: tuple[int, ...], x: Array, x_name: str = "x") -> None:
+def like(name: str, value: Array, shape: tuple[int, ...], x: Array, x_name: str = "x") -> None:
     """Require an array of this shape, of ``x``'s dtype and on ``x``'s device."""
-    _array(name, array)
-    if place(array) != place(x):
+    array(name, value)
+    if place(value) != place(x):
         raise ValueError(
-            f"{name} is on {place(array)} and {x_name} on {place(x)}, expected one device"
+            f"{name} is on {place(value)} and {x_name} on {place(x)}, expected one device"
         )
-    if array.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype} as {x_name} has")
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {x.dtype} as {x_name} has")
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
 
 
 def labels(y: Array, x: Array) -> Array:
@@ -49,8 +58,7 @@ def labels(y: Array, x: Array) -> Array:
 
 def label_array(y: Array, count: int, name: str = "y") -> None:
     """Require an integer array ``(count,)``."""
-    if not is_array(y):
-        raise TypeError(f"{name} is a {type(y).__name__}, expected a NumPy or CuPy array")
+    array(name, y)
     if y.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {y.dtype}, expected integers")
     if y.shape != (count,):
@@ -78,6 +86,25 @@ def number(name: str, value: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}, expected a finite number")
     return float(value)
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """Require a whole number of at least ``least``, not a bool."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    return count
+
+
+def counter(name: str, value: Any, bits: int) -> int:
+    """Require a whole number of so many bits: a seed, or a count of the random generator."""
+    number = whole(name, value, 0)
+    if number >= 2**bits:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from 0 to 2**{bits} - 1")
+    return number
 
 
 def epsilon(value: Any, dtype: Any) -> float:
@@ -108,10 +135,3 @@ def cache_of(layer: str, cache: Any, kind: type) -> None:
         raise TypeError(
             f"cache is a {type(cache).__name__}, expected the one that {layer}_forward returned"
         )
-
-
-def _array(name: str, array: Array) -> None:
-    if not is_array(array):
-        raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy or CuPy array")
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, expected a plain array: fill its gaps first")

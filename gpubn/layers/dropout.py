@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -61,9 +60,9 @@ def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, 
     if not 0 < p <= 1:
         raise ValueError(f"p is {p!r}, expected a probability of keeping above 0 and at most 1")
     seed = dropout_param.get("seed")
-    seed = secrets.randbits(64) if seed is None else _counter("seed", seed, 64)
-    stream = _counter("stream", dropout_param.get("stream", 0), 32)
-    step = _counter("step", dropout_param.get("step", 0), 32)
+    seed = secrets.randbits(64) if seed is None else _check.counter("seed", seed, 64)
+    stream = _check.counter("stream", dropout_param.get("stream", 0), 32)
+    step = _check.counter("step", dropout_param.get("step", 0), 32)
 
     with scope_of(x):
         empty = namespace(x).empty(0, x.dtype)
@@ -84,13 +83,3 @@ def _masked(array: Array, cache: _Cache) -> Array:
             return array.copy()
         kernels = for_array("dropout", array)
         return kernels.apply(array, cache.p, cache.seed, cache.stream, cache.step)
-
-
-def _counter(name: str, value: Any, bits: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
-    if isinstance(value, bool) or not 0 <= number < 2**bits:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from 0 to 2**{bits} - 1")
-    return number

@@ -1,7 +1,8 @@
 """Checkpoints of training and files of networks, in the safetensors format.
 
-A file holds arrays and, as its metadata's entry ``gpubn``, one JSON text: the configuration, and
-what of the state is no array. A SHA-256 over both tells whether it is as it was written.
+A file holds arrays and, as its metadata's entry ``gpubn``, a SHA-256 followed by one JSON text: the
+configuration, and what of the state is no array. The SHA-256, over both, tells whether all is as it
+was written.
 """
 
 from __future__ import annotations
@@ -161,9 +162,10 @@ def _write(
 ) -> None:
     from safetensors.numpy import save as to_bytes
 
-    host = {name: np.ascontiguousarray(to_host(array)) for name, array in arrays.items()}
+    host = {name: np.array(to_host(array), order="C") for name, array in arrays.items()}
     text = json.dumps({"format": FORMAT, "kind": kind, **header}, sort_keys=True)
-    atomic_write(path, to_bytes(host, {"gpubn": text, "sha256": _digest(host, text)}))
+    # One entry, for safetensors writes several in any order, and equal states make equal files.
+    atomic_write(path, to_bytes(host, {"gpubn": _digest(host, text) + text}))
 
 
 def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,9 +182,10 @@ def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict
         raise CheckpointError(f"{name} is no whole safetensors file: {error}") from error
     if "gpubn" not in metadata:
         raise CheckpointError(f"{name} was not written by gpubn")
-    if metadata.get("sha256") != _digest(arrays, metadata["gpubn"]):
+    digest, text = metadata["gpubn"][:64], metadata["gpubn"][64:]
+    if digest != _digest(arrays, text):
         raise CheckpointError(f"{name} is damaged: its contents do not fit its checksum")
-    header = json.loads(metadata["gpubn"])
+    header = json.loads(text)
     if header["format"] != FORMAT:
         raise CheckpointError(f"{name} has format {header['format']}, this gpubn reads {FORMAT}")
     if header["kind"] != kind:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import operator
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,9 +79,13 @@ class FullyConnectedNet:
         seed: int | None = None,
         device: str | None = None,
     ) -> None:
-        self.hidden_dims = tuple(_size("hidden_dims", width) for width in hidden_dims)
-        self.input_dim = _size("input_dim", input_dim)
-        self.num_classes = _size("num_classes", num_classes)
+        if not isinstance(hidden_dims, Iterable):
+            raise TypeError(f"hidden_dims is {hidden_dims!r}, expected a sequence of widths")
+        self.hidden_dims = tuple(
+            _check.whole(f"hidden_dims[{i}]", width) for i, width in enumerate(hidden_dims)
+        )
+        self.input_dim = _check.whole("input_dim", input_dim)
+        self.num_classes = _check.whole("num_classes", num_classes)
         self.dropout_keep_ratio = _check.number("dropout_keep_ratio", dropout_keep_ratio)
         if not 0 < self.dropout_keep_ratio <= 1:
             raise ValueError(
@@ -99,7 +102,7 @@ class FullyConnectedNet:
         self.dtype = np.dtype(dtype)
         if self.dtype not in _check.FLOATS:
             raise TypeError(f"dtype is {self.dtype}, expected float32 or float64")
-        self.seed = None if seed is None else _seed(seed)
+        self.seed = None if seed is None else _check.counter("seed", seed, 64)
         self.device = backend.current() if device is None else backend.resolve(device)
         self.num_layers = len(self.hidden_dims) + 1
         self.step = 0
@@ -131,7 +134,8 @@ class FullyConnectedNet:
 
     @dropout_state.setter
     def dropout_state(self, state: Mapping[str, int]) -> None:
-        self._dropout_seed, self.step = _seed(state["seed"]), int(state["step"])
+        self._dropout_seed = _check.counter("seed", state["seed"], 64)
+        self.step = _check.whole("step", state["step"], 0)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -151,6 +155,15 @@ class FullyConnectedNet:
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
         return f"FullyConnectedNet({given}, device={self.device.name!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_params": dict(self._params)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        values = {name: array.copy() for name, array in self._params.items()}
+        self._params = self._initial()
+        self._params.update(values)
 
     def loss(self, X: Array, y: Array | None = None) -> Any:
         """Return class scores in test mode, or the training loss and its gradients.
@@ -268,8 +281,7 @@ class FullyConnectedNet:
 
     def as_input(self, X: Array, name: str = "X") -> Array:
         """Check a batch and bring it to the network's device and dtype."""
-        if not backend.is_array(X):
-            raise TypeError(f"{name} is a {type(X).__name__}, expected a NumPy or CuPy array")
+        _check.array(name, X)
         if X.dtype.kind not in "iuf":
             raise TypeError(f"{name} has dtype {X.dtype}, expected real numbers")
         if X.ndim < 2 or math.prod(X.shape[1:]) != self.input_dim or X.shape[0] == 0:
@@ -288,26 +300,6 @@ class FullyConnectedNet:
                 "expected one device"
             )
         return self.device.asarray(array)
-
-
-def _size(name: str, value: Any) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} has {value!r}, expected a whole number") from None
-    if isinstance(value, bool) or size < 1:
-        raise ValueError(f"{name} has {value!r}, expected a whole number of at least 1")
-    return size
-
-
-def _seed(value: Any) -> int:
-    try:
-        seed = operator.index(value)
-    except TypeError:
-        raise TypeError(f"seed is {value!r}, expected a whole number or None") from None
-    if isinstance(value, bool) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {value!r}, expected a whole number from 0 to 2**64 - 1")
-    return seed
 
 
 def _at_least_zero(name: str, value: Any) -> float:

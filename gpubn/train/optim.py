@@ -156,6 +156,11 @@ def complete(rule: str, config: Mapping[str, Any] | None) -> Config:
     return full
 
 
+def scalar_names(rule: str) -> tuple[str, ...]:
+    """Return the names of a rule's scalars."""
+    return tuple(_definition(rule).scalars)
+
+
 def state_names(rule: str) -> tuple[str, ...]:
     """Return the names of a rule's arrays of state."""
     return _definition(rule).state
@@ -181,12 +186,15 @@ def _new(rule: str, w: Array, dw: Array, config: Config | None) -> tuple[Array, 
     _check.floating("w", w)
     _check.like("dw", dw, w.shape, w, "w")
     config = {} if config is None else config
+    _check.mapping("config", config, mutable=True)
     full = complete(rule, config)
     xp = namespace(w)
     with scope_of(w):
         states = [xp.ascontiguousarray(_state(full, name, w)) for name in definition.state]
         next_w, *next_states = (xp.empty(w.shape, w.dtype) for _ in range(1 + len(states)))
         w, dw = xp.ascontiguousarray(w), xp.ascontiguousarray(dw)
+        shape = next_w.shape  # ascontiguousarray makes one dimension of none
+        w, dw, *states = (array.reshape(shape) for array in (w, dw, *states))
         _step(definition, w, dw, states, full, w.size, next_w, next_states)
     config.update(full)
     config.update(zip(definition.state, next_states, strict=True))

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gpubn.backend import Array, Device, is_array
+from gpubn.backend import Array, Device
+from gpubn.layers import _check
 
 
 class Parameters(dict[str, Array]):
@@ -82,8 +83,7 @@ class Parameters(dict[str, Array]):
         if name not in self:
             raise KeyError(f"there is no parameter {name!r}; there are {', '.join(self)}")
         view = self[name]
-        if not is_array(array):
-            raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy or CuPy array")
+        _check.array(name, array)
         if array.dtype != view.dtype:
             raise TypeError(f"{name} has dtype {array.dtype}, expected {view.dtype}")
         if array.shape != view.shape:
@@ -94,8 +94,10 @@ class Parameters(dict[str, Array]):
         new = dict(*others, **arrays)
         for name, array in new.items():
             self._check(name, array)
-        for name, array in new.items():
-            self[name] = array
+        with self._device.scope():  # copies first: an array may be a view of what is written
+            copies = {name: self._device.asarray(array).copy() for name, array in new.items()}
+        for name, array in copies.items():
+            self[name][...] = array
 
     def __ior__(self, other: Any) -> Parameters:  # type: ignore[override,misc]
         self.update(other)

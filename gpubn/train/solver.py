@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -135,11 +134,11 @@ class Solver:
         self.lr_decay = _check.number("lr_decay", lr_decay)
         if not self.lr_decay > 0:
             raise ValueError(f"lr_decay is {lr_decay!r}, expected a number above 0")
-        self.batch_size = _count("batch_size", batch_size)
-        self.num_epochs = _count("num_epochs", num_epochs)
-        self.print_every = _count("print_every", print_every)
-        self.num_train_samples = _optional_count("num_train_samples", num_train_samples)
-        self.num_val_samples = _optional_count("num_val_samples", num_val_samples)
+        self.batch_size = _check.whole("batch_size", batch_size)
+        self.num_epochs = _check.whole("num_epochs", num_epochs)
+        self.print_every = _check.whole("print_every", print_every)
+        self.num_train_samples = _optional("num_train_samples", num_train_samples)
+        self.num_val_samples = _optional("num_val_samples", num_val_samples)
         self.checkpoint_name = checkpoint_name
         self.verbose = verbose
         self.shuffle = shuffle
@@ -150,7 +149,9 @@ class Solver:
                 "samples that there are to shuffle"
             )
 
-        self.generator = np.random.default_rng(seed)
+        self.generator = np.random.default_rng(
+            None if seed is None else _check.counter("seed", seed, 64)
+        )
         self._order = np.arange(0)  # this epoch's samples, where they are shuffled
         self.iteration = 0
         self.epoch = 0
@@ -165,6 +166,7 @@ class Solver:
         self.last_checkpoint: str | None = None
 
         config = optim.complete(update_rule, optim_config)
+        self._scalars = {name: float(config[name]) for name in optim.scalar_names(update_rule)}
         self._net = model if isinstance(model, FullyConnectedNet) else None
         if self._net is not None:
             for part, X, y in (
@@ -348,8 +350,9 @@ class Solver:
         if self.checkpoint_name is not None:
             from gpubn.train import checkpoint  # needs safetensors, which training alone does not
 
-            self.last_checkpoint = f"{self.checkpoint_name}_epoch_{self.epoch}.safetensors"
-            checkpoint.save(self.last_checkpoint, self)
+            path = f"{self.checkpoint_name}_epoch_{self.epoch}.safetensors"
+            checkpoint.save(path, self)
+            self.last_checkpoint = path
 
     def check_accuracy(
         self, X: Array, y: Array, num_samples: int | None = None, batch_size: int = 100
@@ -365,6 +368,9 @@ class Solver:
         batch_size : int
             Samples that pass through the model at a time.
         """
+        batch_size = _check.whole("batch_size", batch_size)
+        num_samples = _optional("num_samples", num_samples)
+        _check_samples(X, y, "X", "y")
         if num_samples is not None and len(X) > num_samples:
             chosen = self.generator.choice(len(X), num_samples)
             X, y = _take(X, chosen), _take(y, chosen)
@@ -392,6 +398,8 @@ class Solver:
             "num_train_samples": self.num_train_samples,
             "num_val_samples": self.num_val_samples,
             "shuffle": self.shuffle,
+            "optim_config": self._scalars,
+            "training_samples": len(self.X_train),
         }
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -456,6 +464,7 @@ class Solver:
             for name, config in self._configs.items():
                 config["learning_rate"] = values["learning_rate"]
                 for state, group in states.items():
+                    config.pop(state, None)
                     if name in group:
                         config[state] = _beside(xp_of[name], group[name])
                 if "t" in config:
@@ -538,14 +547,15 @@ def _samples(data: Mapping[str, Array], part: str) -> tuple[Array, Array]:
         if name not in data:
             raise ValueError(f"data has no {name!r}, expected X_train, y_train, X_val and y_val")
     X, y = data[f"X_{part}"], data[f"y_{part}"]
-    if not backend.is_array(X):
-        raise TypeError(f"X_{part} is a {type(X).__name__}, expected a NumPy or CuPy array")
-    if X.ndim < 2 or len(X) == 0:
-        raise ValueError(
-            f"X_{part} has shape {X.shape}, expected (N, d1, ...) with N of at least 1"
-        )
-    _check.label_array(y, len(X), f"y_{part}")
+    _check_samples(X, y, f"X_{part}", f"y_{part}")
     return X, y
+
+
+def _check_samples(X: Array, y: Array, X_name: str, y_name: str) -> None:
+    _check.array(X_name, X)
+    if X.ndim < 2 or len(X) == 0:
+        raise ValueError(f"{X_name} has shape {X.shape}, expected (N, d1, ...), N at least 1")
+    _check.label_array(y, len(X), y_name)
 
 
 def _take(array: Array, chosen: Any) -> Array:
@@ -556,15 +566,5 @@ def _take(array: Array, chosen: Any) -> Array:
     return array[chosen]
 
 
-def _count(name: str, value: Any) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
-    if isinstance(value, bool) or count < 1:
-        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-    return count
-
-
-def _optional_count(name: str, value: Any) -> int | None:
-    return None if value is None else _count(name, value)
+def _optional(name: str, value: Any) -> int | None:
+    return None if value is None else _check.whole(name, value)

@@ -90,21 +90,25 @@ def number(name: str, value: Any) -> float:
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     """Require a whole number of at least ``least``, not a bool."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
-    if isinstance(value, bool) or count < least:
+    number = _index(name, value)
+    if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
-    return count
+    return number
 
 
 def counter(name: str, value: Any, bits: int) -> int:
     """Require a whole number of so many bits: a seed, or a count of the random generator."""
-    number = whole(name, value, 0)
-    if number >= 2**bits:
+    number = _index(name, value)
+    if isinstance(value, bool) or not 0 <= number < 2**bits:
         raise ValueError(f"{name} is {value!r}, expected a whole number from 0 to 2**{bits} - 1")
     return number
+
+
+def _index(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
 
 
 def epsilon(value: Any, dtype: Any) -> float:

@@ -490,7 +490,7 @@ BAD_CONFIGS = [
     ({"weight_scale": [1]}, TypeError, r"weight_scale is \[1\], expected"),
     ({"dtype": np.float16}, TypeError, "dtype is float16, expected float32 or float64"),
     ({"dtype": int}, TypeError, "dtype is int64, expected float32 or float64"),
-    ({"seed": -1}, ValueError, "seed is -1, expected a whole number of at least 0"),
+    ({"seed": -1}, ValueError, r"seed is -1, expected a whole number from 0 to 2\*\*64 - 1"),
     ({"seed": 2**64}, ValueError, "seed is 18446744073709551616, expected"),
     ({"seed": 1.0}, TypeError, "seed is 1.0, expected a whole number"),
     ({"seed": True}, ValueError, "seed is True, expected"),

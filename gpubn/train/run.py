@@ -1,0 +1,843 @@
+"""A training run in a folder: begun from a ``RunConfig``, killed at will, resumed, evaluated.
+
+The folder holds
+
+- ``config.toml``: every hyper-parameter; it is written first, and is enough to begin again;
+- ``checkpoint.safetensors``: all that training needs to go on, replaced after every epoch;
+- ``metrics.csv``: a row for the first iteration and for every epoch;
+- ``model.safetensors``: the parameters of the best validation accuracy, and the preprocessing;
+- ``curves.png``: loss and accuracies.
+
+What is in the last three follows from the checkpoint alone, so that a run may be killed at any
+moment: resumed, it ends with the weights, bit for bit, that it would have had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import importlib.util
+import io
+import math
+import operator
+import os
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpubn import backend
+from gpubn.layers import _check, softmax_loss
+from gpubn.train import checkpoint, optim
+from gpubn.train.checkpoint import CheckpointError
+from gpubn.train.data import DataError, Dataset, Preprocessing
+from gpubn.train.data import load as load_data
+from gpubn.train.net import FullyConnectedNet
+from gpubn.train.solver import Solver
+
+CONFIG, CHECKPOINT, METRICS = "config.toml", "checkpoint.safetensors", "metrics.csv"
+MODEL, CURVES = "model.safetensors", "curves.png"
+FILES = (CONFIG, CHECKPOINT, METRICS, MODEL, CURVES)
+"""The files of a finished run."""
+
+NORMALIZATIONS = ("batchnorm", "layernorm", "none")
+DTYPES = ("float32", "float64")
+
+NUM_TRAIN_SAMPLES = 1000
+"""Training samples that an epoch's training accuracy is measured on."""
+
+METRICS_COLUMNS = (
+    "epoch",
+    "iteration",
+    "learning_rate",
+    "loss",
+    "train_accuracy",
+    "val_accuracy",
+    "seconds",
+)
+
+_MAY_CHANGE = ("epochs", "device", "data")
+"""What of a configuration a resumed run may have otherwise; data may have moved, not changed."""
+
+
+class RunError(ValueError):
+    """A run that cannot be begun, resumed or evaluated. The message says why, in one line."""
+
+
+class MissingDependency(ImportError):
+    """A package is needed that only the extra ``train`` installs."""
+
+
+class NonFiniteParameters(ArithmeticError):
+    """Parameters became NaN or infinite. They are not saved: no training goes on from them."""
+
+
+# --- Configuration --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every hyper-parameter of a run.
+
+    Parameters
+    ----------
+    data : str
+        As for ``gpubn.train.load_data``: digits, mnist:DIR, cifar10:DIR or FILE.npz.
+    hidden : sequence of int
+        Width of each hidden layer; empty for a linear classifier.
+    normalization : {"batchnorm", "layernorm", "none"}
+    dropout_keep_ratio : float
+        Probability of keeping a unit, above 0; at 1 there is no dropout.
+    update_rule : str
+        A name of ``gpubn.train.optim.RULES``.
+    learning_rate : float
+    lr_decay : float
+        The learning rate is multiplied by this after every epoch.
+    reg : float
+        Strength of the L2 penalty ``0.5 * reg * sum(W**2)``.
+    weight_scale : float
+        Standard deviation of the initial weights.
+    batch_size, epochs : int
+    dtype : {"float32", "float64"}
+    device : str, optional
+        As for ``gpubn.use``; by default the device in force.
+    seed : int
+        Of the weights, the dropout masks and the order of the samples.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A value is out of range or of the wrong type; the message names it.
+    """
+
+    data: str = "digits"
+    hidden: tuple[int, ...] = (512, 256)
+    normalization: str = "batchnorm"
+    dropout_keep_ratio: float = 0.7
+    update_rule: str = "adam"
+    learning_rate: float = 2e-3
+    lr_decay: float = 0.8
+    reg: float = 0.0
+    weight_scale: float = 0.05
+    batch_size: int = 50
+    epochs: int = 30
+    dtype: str = "float32"
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _text("data", self.data)
+        if isinstance(self.hidden, str) or not isinstance(self.hidden, list | tuple):
+            raise TypeError(f"hidden is {self.hidden!r}, expected a list of whole numbers")
+        self._set("hidden", tuple(_whole("hidden", width, 1) for width in self.hidden))
+        _one_of("normalization", self.normalization, NORMALIZATIONS)
+        _one_of("update_rule", self.update_rule, optim.RULES)
+        _one_of("dtype", self.dtype, DTYPES)
+        for name in ("dropout_keep_ratio", "lr_decay", "learning_rate", "reg", "weight_scale"):
+            value = _check.number(name, getattr(self, name))
+            if value < 0 or (value == 0 and name in ("dropout_keep_ratio", "lr_decay")):
+                least = "above 0" if name in ("dropout_keep_ratio", "lr_decay") else "of at least 0"
+                raise ValueError(f"{name} is {value!r}, expected a number {least}")
+            self._set(name, value)
+        if self.dropout_keep_ratio > 1:
+            raise ValueError(
+                f"dropout_keep_ratio is {self.dropout_keep_ratio!r}, expected a probability of "
+                "keeping a unit, above 0 and at most 1"
+            )
+        least_batch = 2 if self.normalization == "batchnorm" else 1
+        self._set("batch_size", _whole("batch_size", self.batch_size, least_batch))
+        self._set("epochs", _whole("epochs", self.epochs, 1))
+        self._set("seed", _whole("seed", self.seed, 0))
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}, expected less than 2**63: TOML holds no more")
+        if self.device is not None:
+            _text("device", self.device)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the way to set a frozen field
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a dict of plain values, as TOML and JSON hold them; no device if none is named."""
+        values = {**asdict(self), "hidden": list(self.hidden)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> RunConfig:
+        """Make a configuration of a dict; what is absent has its default.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A key is unknown, or a value does not fit; ``source`` is named.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{source} has a key {name!r}, expected: {', '.join(known)}")
+        try:
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{source}: {error}") from error
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> RunConfig:
+        """Read a TOML file.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The file is no TOML, or no configuration.
+        OSError
+            The file cannot be read.
+        """
+        name = os.fspath(path)
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} is no TOML file: {error}") from error
+        return cls.from_dict(values, name)
+
+    def to_toml(self) -> str:
+        """Return the text of a TOML file that ``read`` reads."""
+        import tomli_w
+
+        values = self.as_dict()
+        hidden = f"hidden = {values.pop('hidden')}\n"  # on one line, unlike tomli_w's lists
+        return (
+            "# The hyper-parameters of a run; gpubn train --config THIS_FILE repeats it.\n"
+            + hidden
+            + tomli_w.dumps(values)
+        )
+
+
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise TypeError(f"{name} is {value!r}, expected a text that is not empty")
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected a whole number") from None
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    return number
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+
+class Watcher:
+    """What a run calls on its way. The methods do nothing: override those that you need."""
+
+    def begin(self, run: Run) -> None:
+        """Hear that all is ready, and the first iteration comes next."""
+
+    def iteration(self, run: Run) -> None:
+        """Hear that an iteration is done."""
+
+    def epoch(self, run: Run) -> None:
+        """Hear that an epoch is done, and saved."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a network does on images that it was not trained on.
+
+    Attributes
+    ----------
+    data, split : str
+        Which data, and which part of them: ``"test"`` or ``"validation"``.
+    count : int
+        Number of images.
+    accuracy : float
+        Share of images whose highest score is their label's.
+    loss : float
+        Mean cross entropy, without the L2 penalty.
+    class_counts : tuple of int
+        Images of each class.
+    class_right : tuple of int
+        Those of them that were recognised.
+    """
+
+    data: str
+    split: str
+    count: int
+    accuracy: float
+    loss: float
+    class_counts: tuple[int, ...]
+    class_right: tuple[int, ...]
+
+
+class Run:
+    """One training run. ``start`` and ``resume`` make it, and return it when it ends.
+
+    Attributes
+    ----------
+    config : RunConfig
+        As in config.toml.
+    folder : Path
+    dataset : Dataset
+    preprocessing : Preprocessing
+    net : FullyConnectedNet
+        At the end, with the parameters of the best validation accuracy.
+    solver : Solver
+    resumed : bool
+        Whether this is a run that was begun earlier.
+    finished : bool
+        Whether all epochs are done and all files written; False after ``stop``.
+    test : Evaluation or None
+        On the test set, once finished; None where the data have none.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, device: str | None = None, data: str | None = None
+    ) -> None:
+        self.config = config
+        self.folder = Path()
+        self.resumed = self.finished = False
+        self.test: Evaluation | None = None
+        self._stop_asked = False
+        self._seconds: list[float] = []  # for each row of metrics.csv
+        self._elapsed = 0.0  # seconds of training before this process
+        self._clock = time.monotonic()
+        self._watcher = Watcher()
+
+        name = device or config.device
+        try:
+            place = _place(name)
+            self.dataset = load_data(data or config.data)
+            self._data_digest = _digest(self.dataset)
+            self.preprocessing = Preprocessing.fit(self.dataset.X_train, self.dataset.max_value)
+            self.net = FullyConnectedNet(
+                config.hidden,
+                self.dataset.input_dim,
+                self.dataset.num_classes,
+                config.dropout_keep_ratio,
+                None if config.normalization == "none" else config.normalization,
+                config.reg,
+                config.weight_scale,
+                config.dtype,
+                config.seed,
+                name,
+            )
+            # All data go to the device once, so that a batch is cut out there.
+            arrays = {
+                "X_train": self._input(self.dataset.X_train),
+                "y_train": place.asarray(self.dataset.y_train),
+                "X_val": self._input(self.dataset.X_val),
+                "y_val": place.asarray(self.dataset.y_val),
+            }
+            self.solver = Solver(
+                self.net,
+                arrays,
+                update_rule=config.update_rule,
+                optim_config={"learning_rate": config.learning_rate},
+                lr_decay=config.lr_decay,
+                batch_size=config.batch_size,
+                num_epochs=config.epochs,
+                num_train_samples=NUM_TRAIN_SAMPLES,
+                verbose=False,
+                shuffle=True,
+                seed=_shuffle_seed(config.seed),
+                on_iteration=self._after_iteration,
+                on_epoch=self._after_epoch,
+            )
+        except DataError:
+            raise
+        except (ValueError, TypeError) as error:  # an argument's: nothing has been computed yet
+            raise RunError(str(error)) from error
+        # Losses come to the host this often: often enough to watch, seldom enough not to wait for.
+        self.solver.print_every = max(10, self.solver.iterations_per_epoch // 20)
+
+    def stop(self) -> None:
+        """Let the run save a checkpoint and return once the iteration under way is done."""
+        self._stop_asked = True
+        self.solver.stop()
+
+    def metrics(self) -> list[tuple[Any, ...]]:
+        """Return the rows of metrics.csv so far, of ``METRICS_COLUMNS``.
+
+        A row's loss is the mean over the epoch's iterations. The first row is of the first
+        iteration, as epoch 0, unless one iteration is an epoch.
+        """
+        solver, rows = self.solver, []
+        losses, per_epoch = solver.loss_history, solver.iterations_per_epoch
+        rate = self.config.learning_rate
+        epoch = solver.epoch - len(solver.val_acc_history)
+        for train, val, seconds in zip(
+            solver.train_acc_history, solver.val_acc_history, self._seconds, strict=True
+        ):
+            epoch += 1
+            if epoch == 0:
+                iteration, mean = 1, losses[0]
+            else:
+                iteration = epoch * per_epoch
+                mean = math.fsum(losses[iteration - per_epoch : iteration]) / per_epoch
+            rows.append((epoch, iteration, rate, mean, train, val, round(seconds, 3)))
+            if epoch:
+                rate *= self.config.lr_decay
+        return rows
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch of the best validation accuracy so far; 0 is the first iteration."""
+        best = max(range(len(self.metrics())), key=lambda row: self.solver.val_acc_history[row])
+        return int(self.metrics()[best][0])
+
+    def _train(self, folder: Path, watcher: Watcher | None) -> None:
+        self.folder = folder
+        self._watcher = watcher or Watcher()
+        self._watcher.begin(self)
+        self._clock = time.monotonic()
+        if not self._stop_asked:
+            self.solver.train()
+        if self.solver.iteration < self.solver.num_iterations:
+            self._save()
+            self._write_metrics()
+            return
+        self.solver.restore_best()  # train() leaves it out where it was asked to stop at the end
+        config = {**self.config.as_dict(), "val_accuracy": self.solver.best_val_acc}
+        # The weights do not depend on the device, so neither does the file.
+        config.pop("device", None)
+        with _naming(folder / MODEL) as path:
+            checkpoint.save_model(path, self.net, config, _arrays_of(self.preprocessing))
+        self._write_metrics()
+        with _naming(folder / CURVES) as path:
+            checkpoint.atomic_write(path, _curves(self))
+        if self.dataset.X_test is not None and self.dataset.y_test is not None:
+            X = self._input(self.dataset.X_test)
+            self.test = _evaluate(self.net, X, self.dataset.y_test, self.config.data, "test")
+        self.finished = True
+
+    def _after_iteration(self, solver: Solver) -> None:
+        if solver.iteration == 1 and solver.iterations_per_epoch > 1:
+            self._seconds.append(self._total_seconds())
+        if self._stop_asked:
+            solver.stop()  # the request may have come before train(), which forgets earlier ones
+        self._watcher.iteration(self)
+
+    def _after_epoch(self, solver: Solver) -> None:
+        self._seconds.append(self._total_seconds())
+        self._save()
+        self._write_metrics()
+        self._watcher.epoch(self)
+
+    def _save(self) -> None:
+        flat = self.net.params.flat
+        if not bool(backend.to_host(backend.namespace(flat).isfinite(flat).all())):
+            # The next loss would be NaN as well, and the only checkpoint must not hold that.
+            last = self.solver.last_checkpoint
+            raise NonFiniteParameters(
+                f"parameters became NaN or infinite by iteration {self.solver.iteration}; "
+                + (f"the last good checkpoint is {last}" if last else "there is no checkpoint yet")
+                + "; a smaller learning rate may help"
+            )
+        state = {
+            "run": self.config.as_dict(),
+            "data": self._data_digest,
+            "row_seconds": self._seconds,
+            "seconds": self._total_seconds(),
+        }
+        with _naming(self.folder / CHECKPOINT) as path:
+            checkpoint.save(path, self.solver, state, _arrays_of(self.preprocessing))
+        self.solver.last_checkpoint = str(path)
+
+    def _load(self, path: Path) -> None:
+        """Go on from a checkpoint of this run, and of no other."""
+        state = checkpoint._read(path, "checkpoint")[1]["config"]
+        if "run" not in state:
+            raise CheckpointError(f"{path} was not written by a run")
+        mine = self.config.as_dict()
+        for name in sorted({*state["run"], *mine} - {*_MAY_CHANGE}):
+            old, new = state["run"].get(name), mine.get(name)
+            if old != new:
+                raise RunError(
+                    f"{name} is {new!r} in {path.with_name(CONFIG)}, but the run was begun with "
+                    f"{old!r}: change it back, or begin another run"
+                )
+        if state["data"] != self._data_digest:
+            raise DataError(
+                f"{self.dataset.name} does not hold the data that the run was begun with"
+            )
+        checkpoint.resume(path, self.solver)
+        if self.solver.iteration > self.solver.num_iterations:
+            done = math.ceil(self.solver.iteration / self.solver.iterations_per_epoch)
+            raise RunError(
+                f"epochs is {self.config.epochs}, expected at least {done}: the run is in that "
+                "epoch already"
+            )
+        self._seconds, self._elapsed = list(state["row_seconds"]), float(state["seconds"])
+
+    def _total_seconds(self) -> float:
+        return self._elapsed + time.monotonic() - self._clock
+
+    def _input(self, X: NDArray[Any]) -> Any:
+        return self.net.device.asarray(self.preprocessing.apply(X, self.config.dtype))
+
+    def _write_metrics(self) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(METRICS_COLUMNS)
+        writer.writerows(self.metrics())
+        with _naming(self.folder / METRICS) as path:
+            checkpoint.atomic_write(path, text.getvalue().encode())
+
+
+def _place(device: str | None) -> backend.Device:
+    """Return a device by name, or the one in force; RunError where the name is none."""
+    try:
+        return backend.current() if device is None else backend.resolve(device)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def _shuffle_seed(seed: int) -> int:
+    """Derive a seed for the batches: with the seed itself they would repeat the weights' draws."""
+    return int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0])
+
+
+def _digest(dataset: Dataset) -> str:
+    """Return a hash of all that training depends on in a data set."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (dataset.X_train, dataset.y_train, dataset.X_val, dataset.y_val):
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _arrays_of(preprocessing: Preprocessing) -> dict[str, NDArray[Any]]:
+    return {
+        "preprocessing.scale": np.array([preprocessing.scale], np.float64),
+        "preprocessing.mean": preprocessing.mean,
+    }
+
+
+# --- The folder -----------------------------------------------------------------------------------
+
+
+def start(
+    config: RunConfig,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Train a network in a new folder.
+
+    Parameters
+    ----------
+    config : RunConfig
+    out : path, optional
+        A folder without a run in it, made if need be; by default ``runs/<data>-N`` with the next
+        free N.
+    watcher : Watcher, optional
+        Called on the way.
+
+    Returns
+    -------
+    Run
+        Finished, or stopped by ``Run.stop`` after it saved a checkpoint.
+
+    Raises
+    ------
+    RunError, DataError, DeviceError
+        Something does not fit; nothing has been written.
+    MissingDependency
+        A package of the extra ``train`` is not installed.
+    NonFiniteLoss, NonFiniteParameters
+        Training diverged.
+    OSError
+        A file cannot be read or written.
+    """
+    require("safetensors", "tomli_w", "matplotlib")
+    if out is not None:
+        _refuse_used(Path(out))
+    # From config.toml the data must be found whatever the working folder is.
+    config = replace(config, data=_absolute(config.data))
+    run = Run(config)
+    folder = _new_folder(config.data) if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        _refuse_used(folder)
+        _write_config(folder, config)
+        run._train(folder, watcher)
+    return run
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    epochs: int | None = None,
+    device: str | None = None,
+    data: str | None = None,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Go on with a run, or begin again where it has no checkpoint yet.
+
+    Of a finished run the files are written anew, from its checkpoint.
+
+    Parameters
+    ----------
+    folder : path
+        Of a run that ``start`` began.
+    epochs : int, optional
+        Another number of epochs, not below those that are done; kept in config.toml.
+    device : str, optional
+        Another device, this time.
+    data : str, optional
+        Where the same data are found, this time.
+    watcher : Watcher, optional
+
+    Returns
+    -------
+    Run
+        As from ``start``.
+
+    Raises
+    ------
+    RunError, CheckpointError, DataError, DeviceError, MissingDependency, OSError
+        The run cannot go on; its files are as they were.
+    NonFiniteLoss, NonFiniteParameters
+        Training diverged.
+    """
+    require("safetensors", "tomli_w", "matplotlib")
+    folder = Path(folder)
+    old = read_config(folder)
+    try:
+        config = old if epochs is None else replace(old, epochs=epochs)
+    except (ValueError, TypeError) as error:
+        raise RunError(str(error)) from error
+    with _locked(folder):
+        run = Run(config, device=device, data=data)
+        run.resumed = True
+        path = folder / CHECKPOINT
+        if path.exists():
+            run._load(path)
+        _remove_leftovers(folder)
+        if config != old:
+            _write_config(folder, config)
+        run._train(folder, watcher)
+    return run
+
+
+def evaluate(
+    folder: str | os.PathLike[str], data: str | None = None, *, device: str | None = None
+) -> Evaluation:
+    """Measure a finished run's network.
+
+    Parameters
+    ----------
+    folder : path
+        Of the run.
+    data : str, optional
+        Other data than the run's, of the same kind. The test set is taken, or the validation set
+        where there is none.
+    device : str, optional
+        As for ``gpubn.use``; by default the device in force.
+
+    Raises
+    ------
+    RunError, CheckpointError, DataError, DeviceError, MissingDependency, OSError
+        There is no finished run, a file is damaged, or the data do not fit the network.
+    """
+    require("safetensors")
+    _place(device)  # a name that is none is no fault of the file
+    path = Path(folder) / MODEL
+    if not path.exists():
+        if (path.parent / CONFIG).exists():
+            raise RunError(f"{folder} is not finished: go on with gpubn train --resume {folder}")
+        raise RunError(f"{folder} holds no run: there is no {MODEL} in it")
+    net, config, arrays = checkpoint.load_model(path, device)
+    try:
+        preprocessing = Preprocessing(
+            float(arrays["preprocessing.scale"][0]), arrays["preprocessing.mean"]
+        )
+        spec = str(config["data"]) if data is None else data
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} was not written by a run: {error}") from error
+    dataset = load_data(spec)
+    if dataset.X_test is not None and dataset.y_test is not None:
+        split, X, y = "test", dataset.X_test, dataset.y_test
+    else:
+        split, X, y = "validation", dataset.X_val, dataset.y_val
+    try:
+        X = preprocessing.apply(X, net.dtype)
+    except DataError as error:
+        raise DataError(f"{spec} does not fit the network: {error}") from error
+    if int(y.max()) >= net.num_classes:
+        raise DataError(
+            f"{spec} has a label {y.max()}, expected 0 to {net.num_classes - 1} as in the data "
+            "that the network was trained on"
+        )
+    return _evaluate(net, net.device.asarray(X), y, spec, split)
+
+
+def read_config(folder: str | os.PathLike[str]) -> RunConfig:
+    """Return the configuration of a run's folder; RunError where there is none."""
+    path = Path(folder) / CONFIG
+    if not path.exists():
+        raise RunError(f"{folder} holds no run: there is no {CONFIG} in it")
+    try:
+        return RunConfig.read(path)
+    except (ValueError, TypeError) as error:
+        raise RunError(str(error)) from error
+
+
+def require(*packages: str) -> None:
+    """Raise MissingDependency if one of these packages of the extra ``train`` is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"{' and '.join(missing)} cannot be imported: pip install 'gpubn[train]'"
+        )
+
+
+def _absolute(spec: str) -> str:
+    kind, _, path = spec.partition(":")
+    if kind in ("mnist", "cifar10") and path:
+        return f"{kind}:{os.path.abspath(os.path.expanduser(path))}"
+    if spec.lower().endswith(".npz"):
+        return os.path.abspath(os.path.expanduser(spec))
+    return spec
+
+
+def _new_folder(spec: str) -> Path:
+    """Make the folder ``runs/<data>-N`` of the next free N."""
+    kind = spec.partition(":")[0]
+    name = kind if kind in ("digits", "mnist", "cifar10") else Path(spec).stem
+    parent = Path("runs")
+    parent.mkdir(exist_ok=True)
+    numbers = [path.name.removeprefix(f"{name}-") for path in parent.iterdir()]
+    number = max((int(text) for text in numbers if text.isascii() and text.isdigit()), default=0)
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            folder = parent / f"{name}-{number}"
+            folder.mkdir()
+            return folder
+
+
+def _refuse_used(folder: Path) -> None:
+    there = [name for name in FILES if (folder / name).exists()]
+    if there:
+        raise RunError(
+            f"{folder} already holds a run ({', '.join(there)}): go on with it by "
+            f"gpubn train --resume {folder}, or choose another folder"
+        )
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    with _naming(folder / CONFIG) as path:
+        checkpoint.atomic_write(path, config.to_toml().encode())
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a process killed in the middle of ``atomic_write`` left behind."""
+    for name in FILES:
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[Path]:
+    """Let an OSError name this file: one from writing names none, one from opening a temporary."""
+    try:
+        yield path
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second process off the run. The lock goes with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a folder cannot be locked
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder} is in use: another process trains it") from None
+        except OSError:
+            pass  # a file system without locks: the run itself needs none
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# --- Results --------------------------------------------------------------------------------------
+
+
+def _evaluate(
+    net: FullyConnectedNet, X: Any, y: NDArray[Any], data: str, split: str, batch_size: int = 100
+) -> Evaluation:
+    losses, predictions = [], []
+    with net.device.scope():
+        for at in range(0, len(X), batch_size):
+            scores = net.loss(X[at : at + batch_size])
+            labels = y[at : at + batch_size]
+            loss, _ = softmax_loss(scores, net.device.asarray(labels))
+            losses.append(float(loss) * len(labels))
+            predictions.append(backend.to_host(scores.argmax(axis=1)))
+    right = np.concatenate(predictions) == y
+    return Evaluation(
+        data,
+        split,
+        len(y),
+        float(right.mean()),
+        math.fsum(losses) / len(y),
+        tuple(np.bincount(y, minlength=net.num_classes).tolist()),
+        tuple(np.bincount(y[right], minlength=net.num_classes).tolist()),
+    )
+
+
+def _curves(run: Run) -> bytes:
+    """Draw loss against iteration and accuracies against epoch; return a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = run.metrics()
+    epochs, ends, _, means, train, val, _ = zip(*rows, strict=True)
+    losses = run.solver.loss_history
+    config = run.config
+    # Neither pyplot nor a global backend: drawing must not touch the caller's figures.
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{Path(config.data).name} · hidden {' '.join(map(str, config.hidden)) or 'none'} · "
+        f"{config.normalization} · {config.update_rule} · seed {config.seed}"
+    )
+    left, right = figure.subplots(1, 2)
+    left.plot(range(1, len(losses) + 1), losses, color="C0", alpha=0.35, lw=0.8, label="iteration")
+    # Each mean in the middle of what it is the mean of; the first row is of one iteration only.
+    per_epoch = run.solver.iterations_per_epoch
+    middles = [end - (per_epoch - 1) / 2 for end in ends[-config.epochs :]]
+    left.plot(middles, means[-config.epochs :], "C0.-", lw=2, label="mean of an epoch")
+    left.set(title="Training loss", xlabel="iteration", ylabel="loss")
+    if min(losses) > 0:
+        left.set_yscale("log")
+    right.plot(epochs, [100 * a for a in train], color="C0", marker=".", label="training")
+    right.plot(epochs, [100 * a for a in val], color="C1", marker=".", label="validation")
+    right.set(title="Accuracy", xlabel="epoch", ylabel="accuracy in %")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    file = io.BytesIO()
+    canvas.print_png(file)
+    return file.getvalue()

@@ -53,7 +53,7 @@ class Row:
 
 
 def time_once(device: Device, run: Callable[[], Any]) -> float:
-    """Return the seconds of one run; on CUDA by events, without Python's own time."""
+    """Return the seconds of one run; on CUDA by events, from the first launch to the last end."""
     if device.kind == "cpu":
         start = time.perf_counter()
         run()

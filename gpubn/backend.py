@@ -106,9 +106,7 @@ def _try_cuda(index: int) -> Probe:
         cupy = importlib.import_module("cupy")
     except ModuleNotFoundError as error:
         if error.name == "cupy":
-            return Probe(
-                False, "CuPy is not installed (pip install 'gpubn[cuda12]' or 'gpubn[cuda13]')"
-            )
+            return Probe(False, "CuPy is not installed (gpubn's extras cuda12 and cuda13 bring it)")
         return Probe(False, f"CuPy cannot be imported: {_one_line(error)}")
     except Exception as error:  # a broken installation raises anything from ImportError to OSError
         return Probe(False, f"CuPy cannot be imported: {_one_line(error)}")
@@ -291,3 +289,8 @@ def scope_of(array: Array) -> contextlib.AbstractContextManager[Any]:
 def to_host(array: Array) -> Any:
     """Return a NumPy array with the same values; a CuPy array is copied, others are passed on."""
     return sys.modules["cupy"].asnumpy(array) if is_cuda(array) else array
+
+
+def is_cuda_error(error: BaseException) -> bool:
+    """Tell whether an exception is CuPy's or the driver's: a launch, a compile, memory, a BLAS."""
+    return type(error).__module__.partition(".")[0] in ("cupy", "cupy_backends")

@@ -499,5 +499,9 @@ def _main(argv: list[str] | None) -> int:
         MemoryError,
     ) as error:
         reason = _reason(error)
+    except Exception as error:
+        if not backend.is_cuda_error(error):
+            raise
+        reason = f"CUDA failed: {type(error).__name__}: {error}; --device cpu would run here"
     print(f"gpubn: error: {' '.join(reason.split())}", file=sys.stderr)
     return code

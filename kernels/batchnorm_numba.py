@@ -37,7 +37,17 @@ def merge_moments(mean: Array, var: Array, part_rows: int, rows: int) -> tuple[A
 
     Every part has ``part_rows`` rows, the last one what is left of ``rows``. Where ``part_rows`` is
     8 times a power of two, the result has the bits of ``moments`` over the rows together.
+
+    Raises
+    ------
+    ValueError
+        There are not as many parts as the rows make.
     """
+    if mean.shape != var.shape or len(mean) != -(-rows // part_rows):
+        raise ValueError(
+            f"mean has shape {mean.shape} and var {var.shape}, expected {-(-rows // part_rows)} "
+            f"parts of both: {rows} rows in parts of {part_rows}"
+        )
     merged = merge_parts(_merge_moments_parts, np.stack([mean, var]), part_rows, rows)
     return merged[0], merged[1]
 

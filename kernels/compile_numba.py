@@ -40,6 +40,7 @@ class _Lent:
 
 
 def _plain(array: Array) -> Any:
+    array = np.asarray(array)  # of a subclass, a memmap say, the plain array
     if array.flags.carray:  # C order, aligned, writable
         return array
     array = np.require(array, requirements=["C", "A"])

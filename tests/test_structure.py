@@ -113,3 +113,27 @@ def test_kernels_go_by_one_name_only() -> None:
 
     with pytest.raises(ImportError, match=r"gpubn\.kernels"):
         runpy.run_path(str(ROOT / "kernels" / "__init__.py"), run_name="kernels")
+
+
+def test_sizes_are_the_same_in_cuda_and_python() -> None:
+    kernels = ROOT / "kernels"
+    constants = dict(
+        re.findall(
+            r"^const int (\w+) = (\d+);",
+            "\n".join(path.read_text("utf-8") for path in kernels.glob("*.cuh")),
+            re.MULTILINE,
+        )
+    )
+    with host_cuda():
+        columns, layernorm, softmax = (
+            importlib.import_module(f"gpubn.kernels.{op}_cuda")
+            for op in ("columns", "layernorm", "softmax")
+        )
+        sizes = {
+            "COLUMNS": columns._COLUMNS,
+            "GROUPS": columns._GROUPS,
+            "LEAVES": columns._LEAVES,
+            "LANES": layernorm._LANES,
+        }
+        assert softmax._LANES == layernorm._LANES
+    assert sizes == {name: int(value) for name, value in constants.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpubn.backend import Array, is_array, place, to_host
+from gpubn.backend import Array, is_array, place, scope_of, to_host
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -21,6 +21,8 @@ def array(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected a NumPy or CuPy array")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, expected a plain array: fill its gaps first")
+    if isinstance(value, np.matrix):
+        raise TypeError(f"{name} is a matrix, expected a plain array: numpy.asarray makes one")
 
 
 def floating(name: str, value: Array, ndim: int | None = None) -> None:
@@ -67,7 +69,8 @@ def label_array(y: Array, count: int, name: str = "y") -> None:
 
 def label_range(y: Array, classes: int, name: str = "y") -> None:
     """Require labels from 0 to ``classes - 1``. On CUDA this copies two numbers to the host."""
-    low, high = int(to_host(y.min())), int(to_host(y.max()))
+    with scope_of(y):
+        low, high = int(to_host(y.min())), int(to_host(y.max()))
     if low < 0 or high >= classes:
         wrong = low if low < 0 else high
         raise ValueError(f"{name} has a label {wrong}, expected 0 to {classes - 1}")

@@ -73,5 +73,6 @@ def _rows(x: Array) -> Array:
 def _plain(array: Array) -> Array:
     """Return the array in C order, aligned: a BLAS adds in another order for another layout."""
     if is_cuda(array):
-        return namespace(array).ascontiguousarray(array)
-    return np.require(array, requirements=["C", "A"])
+        array = namespace(array).ascontiguousarray(array)
+        return array.copy() if array.data.ptr % 16 else array
+    return np.require(np.asarray(array), requirements=["C", "A"])

@@ -59,6 +59,8 @@ def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, 
     p = _check.number("p", dropout_param["p"])
     if not 0 < p <= 1:
         raise ValueError(f"p is {p!r}, expected a probability of keeping above 0 and at most 1")
+    if p < 2**-32:
+        raise ValueError(f"p is {p!r}, expected at least 2**-32: masks have no finer probability")
     seed = dropout_param.get("seed")
     seed = secrets.randbits(64) if seed is None else _check.counter("seed", seed, 64)
     stream = _check.counter("stream", dropout_param.get("stream", 0), 32)

@@ -195,7 +195,7 @@ class FullyConnectedNet:
         _check.label_range(y, self.num_classes)
         with self.device.scope():
             y = self._here("y", y).astype(np.int64, copy=False)
-        grads = self._params.empty_like()
+        grads = self._params.zeros_like()
         loss = self.loss_into(X, y, grads)
         if self.seed is None:
             self.step += 1

@@ -149,10 +149,9 @@ def complete(rule: str, config: Mapping[str, Any] | None) -> Config:
             raise ValueError(f"epsilon is {full[key]!r}, expected a number above 0")
         if value < 0:
             raise ValueError(f"{key} is {full[key]!r}, expected a number of at least 0")
+        full[key] = value  # a Python float: what follows from it is computed in float64
     if definition.counts_steps:
-        t = full.setdefault("t", 0)
-        if isinstance(t, bool) or not isinstance(t, int) or t < 0:
-            raise ValueError(f"t is {t!r}, expected the whole number of steps already taken")
+        full["t"] = _check.whole("t", full.get("t", 0), 0)
     return full
 
 

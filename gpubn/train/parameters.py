@@ -56,14 +56,15 @@ class Parameters(dict[str, Array]):
             views[name] = flat[start : start + math.prod(shape)].reshape(shape)
         return views
 
-    def empty_like(self) -> Parameters:
+    def zeros_like(self) -> Parameters:
         """Return parameters of the same names and shapes, all zeros, in a buffer of their own."""
         return Parameters(self._shapes, self._layout, self.flat.dtype, self._device)
 
     def copy(self) -> Parameters:
         """Return a copy in a buffer of its own."""
-        other = self.empty_like()
-        other.flat[...] = self.flat
+        other = self.zeros_like()
+        with self._device.scope():
+            other.flat[...] = self.flat
         return other
 
     __copy__ = copy
@@ -77,7 +78,8 @@ class Parameters(dict[str, Array]):
 
     def __setitem__(self, name: str, array: Array) -> None:
         self._check(name, array)
-        self[name][...] = self._device.asarray(array)
+        with self._device.scope():
+            self[name][...] = self._device.asarray(array)
 
     def _check(self, name: str, array: Array) -> None:
         if name not in self:
@@ -96,8 +98,8 @@ class Parameters(dict[str, Array]):
             self._check(name, array)
         with self._device.scope():  # copies first: an array may be a view of what is written
             copies = {name: self._device.asarray(array).copy() for name, array in new.items()}
-        for name, array in copies.items():
-            self[name][...] = array
+            for name, copy in copies.items():
+                self[name][...] = copy
 
     def __ior__(self, other: Any) -> Parameters:  # type: ignore[override,misc]
         self.update(other)

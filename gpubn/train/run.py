@@ -126,7 +126,7 @@ class RunConfig:
     reg: float = 0.0
     weight_scale: float = 0.05
     batch_size: int = 50
-    epochs: int = 30
+    epochs: int = 15
     dtype: str = "float32"
     device: str | None = None
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -167,7 +168,9 @@ class Solver:
 
         config = optim.complete(update_rule, optim_config)
         self._scalars = {name: float(config[name]) for name in optim.scalar_names(update_rule)}
-        self._net = model if isinstance(model, FullyConnectedNet) else None
+        # A network whose loss is its own is trained through that loss, as any other object is.
+        own_loss = getattr(model.loss, "__func__", None) is not FullyConnectedNet.loss
+        self._net = model if isinstance(model, FullyConnectedNet) and not own_loss else None
         if self._net is not None:
             for part, X, y in (
                 ("train", self.X_train, self.y_train),
@@ -181,7 +184,7 @@ class Solver:
                     "the variance of one sample is no estimate"
                 )
             self._config = config
-            self._grads = self._net.params.empty_like()
+            self._grads = self._net.params.zeros_like()
         else:
             self._configs = {name: dict(config) for name in model.params}
 
@@ -237,6 +240,10 @@ class Solver:
             the epoch; no checkpoint is written after it.
         """
         self.stopped = False
+        with self._scope():
+            self._train()
+
+    def _train(self) -> None:
         while self.iteration < self.num_iterations and not self.stopped:
             self._step()
             first, last = self.iteration == 1, self.iteration == self.num_iterations
@@ -261,6 +268,10 @@ class Solver:
         self._collect_losses()
         if not self.stopped:
             self.restore_best()
+
+    def _scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which new arrays are made on the network's device."""
+        return contextlib.nullcontext() if self._net is None else self._net.device.scope()
 
     def stop(self) -> None:
         """Let ``train`` return after the iteration under way, ready to be saved or to go on."""
@@ -316,7 +327,8 @@ class Solver:
         pending, self._pending = self._pending, []
         if backend.is_cuda(pending[0]):
             xp = backend.namespace(pending[0])
-            values = backend.to_host(xp.stack(pending)).tolist()
+            with backend.scope_of(pending[0]):
+                values = backend.to_host(xp.stack(pending)).tolist()
         else:
             values = [float(loss) for loss in pending]
         first = len(self._losses) + 1
@@ -378,11 +390,12 @@ class Solver:
         for start in range(0, len(X), batch_size):
             scores = self.model.loss(X[start : start + batch_size])
             labels = y[start : start + batch_size]
-            if backend.is_cuda(scores):
-                labels = backend.namespace(scores).asarray(labels)
-            else:
-                labels = backend.to_host(labels)
-            right = right + (scores.argmax(axis=1) == labels).sum()
+            with backend.scope_of(scores):
+                if backend.is_cuda(scores):
+                    labels = backend.namespace(scores).asarray(labels)
+                else:
+                    labels = backend.to_host(labels)
+                right = right + (scores.argmax(axis=1) == labels).sum()
         return float(right) / len(X)
 
     # --- State, for checkpoints -------------------------------------------------------------------
@@ -495,7 +508,7 @@ class Solver:
         for state, group in states.items():
             self._config[state] = None
             if group:
-                buffer = net.params.empty_like()
+                buffer = net.params.zeros_like()
                 buffer.update(group)
                 self._config[state] = buffer.flat
         with net.device.scope():
@@ -539,7 +552,11 @@ def _beside(array: Array, host: Array) -> Array:
 
 def copy_params(params: Mapping[str, Array]) -> dict[str, Array]:
     """Return a dict of copies."""
-    return {name: array.copy() for name, array in params.items()}
+    copies = {}
+    for name, array in params.items():
+        with backend.scope_of(array):  # CuPy copies to the device in force
+            copies[name] = array.copy()
+    return copies
 
 
 def _samples(data: Mapping[str, Array], part: str) -> tuple[Array, Array]:

@@ -257,3 +257,10 @@ def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator)
                 assert_same_bits(a, b, f"{shape} result {i}")
     finally:
         set_num_threads(before)
+
+
+def test_parts_must_be_as_many_as_the_rows_make() -> None:
+    kernels = importlib.import_module("gpubn.kernels.batchnorm_numba")
+    part = np.ones((2, 3), np.float32)
+    with pytest.raises(ValueError, match="expected 100 parts of both: 800 rows in parts of 8"):
+        kernels.merge_moments(part, part, 8, 800)

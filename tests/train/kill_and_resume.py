@@ -13,6 +13,7 @@ hit: before config.toml, within an epoch, in the middle of writing a file, after
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import subprocess
@@ -50,7 +51,14 @@ class Outcome:
 
 def train(*arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "gpubn", "train", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # One thread of BLAS: two that wait for each other are slow on a machine that is busy.
+    threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **threads},
+    )
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:

@@ -416,7 +416,7 @@ def test_loss_into_is_loss_without_a_copy_to_the_host(
 ) -> None:
     net, other = make_general(**variant), make_general(**variant)
     X, y = draw()
-    grads = net.params.empty_like()
+    grads = net.params.zeros_like()
     buffer, labels = grads.flat, device.asarray(y)
     copies = cupy_stand_in.device_to_host_copies
     for _ in range(2):  # what the buffer holds does not matter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -315,7 +316,7 @@ BAD_SCALARS = [
     ("adam", {"beta1": 1.5}, ValueError, "beta1 is 1.5, expected"),
     ("adam", {"beta2": 1}, ValueError, "beta2 is 1, expected"),
     ("adam", {"t": -1}, ValueError, "t is -1, expected"),
-    ("adam", {"t": 1.5}, ValueError, "t is 1.5, expected"),
+    ("adam", {"t": 1.5}, TypeError, "t is 1.5, expected"),
     ("adamw", {"weight_decay": -1}, ValueError, "weight_decay is -1, expected"),
     ("adam", [("learning_rate", 1)], TypeError, "config is a list, expected a dict"),
     ("sgd", types.MappingProxyType({}), TypeError, "config is a mappingproxy, expected a dict"),
@@ -379,3 +380,11 @@ def test_arrays_on_two_devices(device: Device) -> None:
     ):
         with pytest.raises(ValueError, match=text):
             optim.sgd_momentum(*arguments)
+
+
+def test_scalars_of_any_type_count_as_python_floats(device: Device) -> None:
+    w = device.xp.linspace(-1, 1, 50, dtype=np.float32)
+    plain, _ = optim.adam(w, w, {"beta1": 0.5, "learning_rate": 0.125})
+    odd, config = optim.adam(w, w, {"beta1": Fraction(1, 2), "learning_rate": np.float32(0.125)})
+    assert to_host(odd).tobytes() == to_host(plain).tobytes()
+    assert type(config["beta1"]) is float

@@ -188,9 +188,9 @@ def test_names_are_fixed(device: Device, change: Callable[[Parameters], Any]) ->
     assert list(params) == list(SHAPES)
 
 
-def test_empty_like(device: Device) -> None:
+def test_zeros_like(device: Device) -> None:
     params = make(device, np.float32)
-    other = params.empty_like()
+    other = params.zeros_like()
     assert list(other) == list(params)
     assert other.flat.dtype == np.float32
     assert to_host(other.flat).tolist() == [0] * SIZE

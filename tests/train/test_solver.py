@@ -757,3 +757,19 @@ def test_bad_arguments_of_check_accuracy(changes: dict[str, Any], text: str) -> 
     arguments = {"X": np.zeros((8, 4)), "y": np.zeros(8, int)} | changes
     with pytest.raises(ValueError, match=f"^{text}.*expected"):
         solver.check_accuracy(**arguments)
+
+
+def test_a_subclass_is_trained_through_its_own_loss() -> None:
+    class Counting(FullyConnectedNet):
+        calls = 0
+
+        def loss(self, X: Any, y: Any = None) -> Any:
+            self.calls += y is not None
+            return super().loss(X, y)
+
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((20, 4)), rng.integers(0, 3, 20)
+    data = {"X_train": X, "y_train": y, "X_val": X, "y_val": y}
+    net = Counting([5], input_dim=4, num_classes=3, seed=0, device="cpu")
+    Solver(net, data, batch_size=5, num_epochs=1, verbose=False, seed=0).train()
+    assert net.calls == 4

@@ -20,9 +20,10 @@ import gpubn
 from gpubn import backend
 from gpubn.train import run as runs
 from gpubn.train.checkpoint import CheckpointError
+from gpubn.train.config import DTYPES, NORMALIZATIONS, RunConfig
 from gpubn.train.data import SPEC_FORMS, DataError
 from gpubn.train.optim import RULES
-from gpubn.train.solver import NonFiniteLoss
+from gpubn.train.solver import NonFiniteLoss, NonFiniteParameters
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -85,12 +86,12 @@ def _add_train(commands: Any) -> None:
         "train",
         help="train a network",
         description="Train a fully connected network. Without any flag: on handwritten digits, in "
-        "well under a minute.",
+        "seconds once kernels are compiled.",
         epilog="Ctrl-C saves a checkpoint and says how to go on. A run killed at any moment and "
         "resumed ends with the same weights.",
         argument_default=argparse.SUPPRESS,  # so that a flag that is there was given
     )
-    default = runs.RunConfig()
+    default = RunConfig()
 
     def add(group: Any, flag: str, what: str, **arguments: Any) -> None:
         value = getattr(default, flag.strip("-").replace("-", "_"))
@@ -103,12 +104,12 @@ def _add_train(commands: Any) -> None:
     net = parser.add_argument_group("network")
     width = {"type": int, "nargs": "*", "metavar": "WIDTH"}
     add(net, "--hidden", "width of each hidden layer; none: a linear classifier", **width)
-    add(net, "--normalization", "after each hidden layer", choices=runs.NORMALIZATIONS)
+    add(net, "--normalization", "after each hidden layer", choices=NORMALIZATIONS)
     ratio = "probability of keeping a unit; 1: no dropout"
     add(net, "--dropout-keep-ratio", ratio, type=float, metavar="P")
     scale = "standard deviation of the initial weights"
     add(net, "--weight-scale", scale, type=float, metavar="S")
-    add(net, "--dtype", "of the parameters and all arithmetic", choices=runs.DTYPES)
+    add(net, "--dtype", "of the parameters and all arithmetic", choices=DTYPES)
 
     training = parser.add_argument_group("training")
     add(training, "--update-rule", "how a step is taken", choices=RULES)
@@ -153,6 +154,9 @@ def _train(arguments: argparse.Namespace) -> int:
     for name in ("command", "function"):
         del given[name]
     folder, out = given.pop("resume", None), given.pop("out", None)
+    for flag, path in (("--resume", folder), ("--out", out)):
+        if path == "":
+            raise UsageError(f"{flag} is empty, expected a folder")
     source = given.pop("config", None)
     if folder is not None:
         refused = [_flag(name) for name in given if name not in _RESUMABLE]
@@ -165,9 +169,10 @@ def _train(arguments: argparse.Namespace) -> int:
         config = runs.read_config(folder)
     else:
         with _usage():
-            base = {} if source is None else runs.RunConfig.read(source).as_dict()
-            config = runs.RunConfig(**{**base, **given})
+            base = {} if source is None else RunConfig.read(source).as_dict()
+            config = RunConfig(**{**base, **given})
     _silence_fallback(given.get("device", config.device))
+    _check_threads()
     runs.require("tqdm")
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(_Signals())
@@ -193,7 +198,7 @@ def _conclude(run: runs.Run, signum: int | None) -> int:
         _say(f"{best}; the data have no test set")
     else:
         _say(f"{best}\ntest accuracy {run.test.accuracy:.2%} on {run.test.count:,} images")
-    _say(f"wrote {', '.join(runs.FILES)}\n  to {run.folder}")
+    _say(f"wrote {', '.join(runs.FILES)}\n  to {run.folder}; see gpubn evaluate {run.folder}")
     return 0
 
 
@@ -242,7 +247,7 @@ class _Progress(runs.Watcher):
             self._timer = None
             # Time left is reckoned from the steps that come, not from the first one's compiling.
             self._first, self._started = solver.iteration, time.monotonic()
-            if sys.stderr.isatty():
+            if _terminal():
                 self._bar = _bar(solver.iteration, solver.num_iterations)
         last = solver.iteration == solver.num_iterations
         # Losses are on the host only now and then; asking in between would wait for the device.
@@ -259,7 +264,7 @@ class _Progress(runs.Watcher):
             self.close()
 
     def epoch(self, run: runs.Run) -> None:
-        if sys.stderr.isatty():
+        if _terminal():
             return
         epoch, iteration, _, loss, train, val, seconds = run.metrics()[-1]
         width = len(str(run.config.epochs))
@@ -281,6 +286,10 @@ class _Progress(runs.Watcher):
             self._bar.refresh()
             self._bar.close()
             self._bar = None
+
+
+def _terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # a service may have no stderr at all
 
 
 def _bar(initial: int, total: int) -> Any:
@@ -358,7 +367,10 @@ def _flag(name: str) -> str:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.run == "":
+        raise UsageError("RUN is empty, expected a folder")
     _silence_fallback(arguments.device)
+    _check_threads()
     result = runs.evaluate(arguments.run, arguments.data, device=arguments.device)
     device = backend.resolve(arguments.device) if arguments.device else backend.current()
     _say(f"device   {device.name} ({device.reason})")
@@ -428,6 +440,14 @@ def _silence_fallback(device: str | None) -> None:
     backend.silence_fallback()
 
 
+def _check_threads() -> None:
+    """Look at the environment's number of threads now, not in the middle of a run."""
+    from gpubn.kernels import threads
+
+    with _usage():
+        threads.get_num_threads()
+
+
 def _say(text: str) -> None:
     print(text, flush=True)  # at once, also into a pipe
 
@@ -469,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has gone. Nothing is left to say, nor to be flushed when Python ends.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 128 + 13  # as if by SIGPIPE, which Windows does not have
 
 
 def _main(argv: list[str] | None) -> int:
@@ -486,7 +506,7 @@ def _main(argv: list[str] | None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         raise
-    except (NonFiniteLoss, runs.NonFiniteParameters) as error:
+    except (NonFiniteLoss, NonFiniteParameters) as error:
         reason, code = _reason(error), DIVERGED
     except (
         UsageError,

@@ -20,12 +20,15 @@ _threads: int | None = None
 
 
 def _default() -> int:
-    for name in ("GPUBN_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    counts = []
+    for name in ("GPUBN_NUM_THREADS", "NUMBA_NUM_THREADS"):  # Numba itself fails on a bad second
         value = os.environ.get(name)
         if value:
             if not value.isascii() or not value.isdigit() or int(value) < 1:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-            return int(value)
+            counts.append(int(value))
+    if counts:
+        return counts[0]
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -81,8 +84,8 @@ def split(run: Callable[[int, int], None], count: int, elements: int) -> None:
         How many array elements they touch in all.
     """
     threads = get_num_threads()
-    shares = min(threads, count)
-    if shares < 2 or elements < WORTH_SPLITTING:
+    shares = min(threads, count, 1 + elements // WORTH_SPLITTING)
+    if shares < 2:
         run(0, count)
         return
     bounds = [count * share // shares for share in range(shares + 1)]

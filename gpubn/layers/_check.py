@@ -86,9 +86,13 @@ def number(name: str, value: Any) -> float:
     """Require a finite real number, not a bool."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} is {value!r}, expected a finite number")
-    return float(value)
+    return number
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -131,7 +135,7 @@ def mode(name: str, params: Mapping[str, Any]) -> str:
     if "mode" not in params:
         raise ValueError(f"{name} has no 'mode', expected 'train' or 'test'")
     value = params["mode"]
-    if value not in ("train", "test"):
+    if not isinstance(value, str) or value not in ("train", "test"):
         raise ValueError(f"{name}['mode'] is {value!r}, expected 'train' or 'test'")
     return str(value)
 

@@ -52,6 +52,10 @@ class NonFiniteLoss(ArithmeticError):
         self.iteration = iteration
 
 
+class NonFiniteParameters(ArithmeticError):
+    """Parameters became NaN or infinite. They are not saved: no training goes on from them."""
+
+
 class Solver:
     """Train a model on batches of training data, and watch its accuracy.
 
@@ -157,6 +161,7 @@ class Solver:
         self.iteration = 0
         self.epoch = 0
         self.stopped = False
+        self._interrupted = False
         self.best_val_acc = 0.0
         self.best_params: dict[str, Array] = {}
         self.best_bn_params: list[dict[str, Array]] = []
@@ -238,13 +243,24 @@ class Solver:
         NonFiniteLoss
             A loss was NaN or infinite. Seen when losses are collected, at the latest at the end of
             the epoch; no checkpoint is written after it.
+        NonFiniteParameters
+            Parameters were, when a checkpoint was to be written.
+        RuntimeError
+            An exception, such as KeyboardInterrupt, ended an earlier call in the middle of an
+            iteration. ``stop`` ends training between two.
         """
+        if self._interrupted:
+            raise RuntimeError(
+                f"training was interrupted in the middle of an iteration, after {self.iteration}; "
+                "what it left is of no use: resume a checkpoint with a new network and Solver"
+            )
         self.stopped = False
         with self._scope():
             self._train()
 
     def _train(self) -> None:
         while self.iteration < self.num_iterations and not self.stopped:
+            self._interrupted = True  # until all that belongs to the iteration is done
             self._step()
             first, last = self.iteration == 1, self.iteration == self.num_iterations
             if self.verbose and (self.iteration - 1) % self.print_every == 0:
@@ -259,6 +275,7 @@ class Solver:
             if first or last or epoch_ends:
                 self._collect_losses()
                 self._measure()
+            self._interrupted = False
             if epoch_ends:
                 self._save_checkpoint()
                 if self.on_epoch is not None:
@@ -362,9 +379,23 @@ class Solver:
         if self.checkpoint_name is not None:
             from gpubn.train import checkpoint  # needs safetensors, which training alone does not
 
+            self.check_parameters()
             path = f"{self.checkpoint_name}_epoch_{self.epoch}.safetensors"
             checkpoint.save(path, self)
             self.last_checkpoint = path
+
+    def check_parameters(self) -> None:
+        """Raise NonFiniteParameters unless every parameter is finite: a checkpoint must be good."""
+        for array in [self._net.params.flat] if self._net else self.model.params.values():
+            with backend.scope_of(array):
+                finite = backend.to_host(backend.namespace(array).isfinite(array).all())
+            if not finite:
+                last = self.last_checkpoint
+                raise NonFiniteParameters(
+                    f"parameters became NaN or infinite by iteration {self.iteration}; "
+                    + (f"the last good checkpoint is {last}" if last else "there is no checkpoint")
+                    + "; a smaller learning rate may help"
+                )
 
     def check_accuracy(
         self, X: Array, y: Array, num_samples: int | None = None, batch_size: int = 100
@@ -483,6 +514,7 @@ class Solver:
                 if "t" in config:
                     config["t"] = values["t"][name]
         self.best_params = {name: _beside(self.model.params[name], a) for name, a in best.items()}
+        self._interrupted = False
         self._order = np.array(arrays["order"])
         self._losses, self._pending = [float(loss) for loss in arrays["history.loss"]], []
         self.train_acc_history = [float(value) for value in arrays["history.train_acc"]]

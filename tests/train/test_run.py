@@ -16,8 +16,10 @@ import gpubn
 from gpubn.train import DataError, NonFiniteLoss, checkpoint
 from gpubn.train import run as runs
 from gpubn.train.checkpoint import CheckpointError
+from gpubn.train.config import RunConfig
 from gpubn.train.optim import RULES
-from gpubn.train.run import RunConfig, RunError
+from gpubn.train.run import RunError
+from gpubn.train.solver import NonFiniteParameters
 
 sys.path.insert(0, os.path.dirname(__file__))
 import kill_and_resume
@@ -460,7 +462,7 @@ def test_broken_parameters_are_not_saved(small, tmp_path):
                 run.net.params.flat[0] = np.inf
                 run.stop()
 
-    with pytest.raises(runs.NonFiniteParameters, match="iteration 4"):
+    with pytest.raises(NonFiniteParameters, match="iteration 4"):
         runs.start(small, tmp_path / "run", watcher=Poison())
     assert not (tmp_path / "run" / runs.CHECKPOINT).exists()
 

@@ -773,3 +773,21 @@ def test_a_subclass_is_trained_through_its_own_loss() -> None:
     net = Counting([5], input_dim=4, num_classes=3, seed=0, device="cpu")
     Solver(net, data, batch_size=5, num_epochs=1, verbose=False, seed=0).train()
     assert net.calls == 4
+
+
+def test_an_interrupted_iteration_is_not_gone_on_from() -> None:
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((20, 4)), rng.integers(0, 3, 20)
+    data = {"X_train": X, "y_train": y, "X_val": X, "y_val": y}
+    net = FullyConnectedNet([5], input_dim=4, num_classes=3, seed=0, device="cpu")
+    solver = Solver(net, data, batch_size=5, num_epochs=2, verbose=False, seed=0)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    net.loss_into = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        solver.train()
+    del net.loss_into
+    with pytest.raises(RuntimeError, match="interrupted in the middle of an iteration"):
+        solver.train()

@@ -63,7 +63,8 @@ class Device:
         """Return a context in which new arrays and launches go to this device."""
         if self.kind == "cpu":
             return contextlib.nullcontext()
-        return self.xp.cuda.Device(self.index)  # type: ignore[no-any-return]
+        device: contextlib.AbstractContextManager[Any] = self.xp.cuda.Device(self.index)
+        return device
 
     def asarray(self, array: Array, dtype: Any = None) -> Array:
         """Bring an array here; it is copied only if it is elsewhere or of another dtype."""
@@ -102,6 +103,8 @@ def probe(index: int = 0) -> Probe:
 
 
 def _try_cuda(index: int) -> Probe:
+    # Every `except Exception` below turns a fault of CuPy or the driver into a reason. They raise
+    # types of their own, which cannot be named where CuPy is not there.
     try:
         cupy = importlib.import_module("cupy")
     except ModuleNotFoundError as error:

@@ -15,10 +15,12 @@ _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False}
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel at its first call, for the dtypes that it meets; kept on disk."""
+    kernel: Callable[..., Any]
     try:
-        return numba.njit(cache=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+        kernel = numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # Numba found no folder that it may write to: each process compiles anew
-        return numba.njit(**_OPTIONS)(function)  # type: ignore[no-any-return]
+        kernel = numba.njit(**_OPTIONS)(function)
+    return kernel
 
 
 def plain(*arrays: Array) -> tuple[Any, ...]:

@@ -177,7 +177,8 @@ def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict
     try:
         with safe_open(name, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = file.keys()  # an open file is no dict: it has keys(), but cannot be iterated
+            arrays = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{name} is no whole safetensors file: {error}") from error
     if "gpubn" not in metadata:

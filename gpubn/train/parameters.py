@@ -101,6 +101,7 @@ class Parameters(dict[str, Array]):
             for name, copy in copies.items():
                 self[name][...] = copy
 
+    # dict declares overloads that also take pairs, as `update` does; they say no more than this.
     def __ior__(self, other: Any) -> Parameters:  # type: ignore[override,misc]
         self.update(other)
         return self

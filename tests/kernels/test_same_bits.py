@@ -72,15 +72,13 @@ def values(kind: str, shape: tuple[int, int], dtype: type, rng: np.random.Genera
     return x.astype(dtype)
 
 
-def both(op: str, call: Callable[[Any, Callable[..., Any]], Any]) -> None:
-    """Run ``call(kernels, array)`` on either half of a pair and compare every result's bits."""
+def both(op: str, call: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any]) -> None:
+    """Run ``call(kernels, *arrays)`` on either half of a pair and compare every result's bits."""
     import cupy
 
-    cuda = call(importlib.import_module(f"gpubn.kernels.{op}_cuda"), cupy.asarray)
-    numba = call(importlib.import_module(f"gpubn.kernels.{op}_numba"), np.asarray)
-    as_tuple = lambda result: result if isinstance(result, tuple) else (result,)  # noqa: E731
-    cuda, numba = as_tuple(cuda), as_tuple(numba)
-    assert len(cuda) == len(numba)
+    there = [cupy.asarray(array) for array in arrays]
+    cuda = call(importlib.import_module(f"gpubn.kernels.{op}_cuda"), *there)
+    numba = call(importlib.import_module(f"gpubn.kernels.{op}_numba"), *arrays)
     for i, (a, b) in enumerate(zip(cuda, numba, strict=True)):
         assert_same_bits(cupy.asnumpy(a), b, f"{op} result {i}")
 
@@ -124,125 +122,121 @@ def channels(count: int, dtype: type, rng: np.random.Generator) -> tuple[Any, An
     return rng.standard_normal(count).astype(dtype), rng.standard_normal(count).astype(dtype)
 
 
+def batchnorm(
+    kernels: Any, x: Any, dout: Any, gamma: Any, beta: Any, mean: Any, var: Any
+) -> tuple[Any, ...]:
+    k = kernels.shift(x)
+    running = (mean, var)
+    mean, var = kernels.moments(x, k)
+    invstd, scale = kernels.statistics(var, gamma, 1e-5)
+    out = kernels.normalize(x, k, mean, scale, beta)
+    sums = kernels.backward_sums(dout, x, k, mean, invstd)
+    dx = kernels.backward_dx(dout, x, k, mean, invstd, scale, *sums, len(x))
+    fixed = kernels.backward_dx_fixed(x, scale)
+    new = kernels.running_update(*running, k, mean, var, 0.9)
+    return (k, mean, var, invstd, scale, out, *sums, dx, fixed, *new)
+
+
 @in_either_order
 def test_batchnorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
     for shape in SHAPES:
         x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
-        gamma, beta = channels(shape[1], dtype, rng)
-        running = channels(shape[1], dtype, rng)
+        affine, running = channels(shape[1], dtype, rng), channels(shape[1], dtype, rng)
+        both("batchnorm", batchnorm, x, dout, *affine, *running)
 
-        def run(kernels: Any, array: Any) -> Any:
-            a, g, scale, shift = (array(v) for v in (x, dout, gamma, beta))  # noqa: B023
-            k = kernels.shift(a)
-            mean, var = kernels.moments(a, k)
-            invstd, scale = kernels.statistics(var, scale, 1e-5)
-            out = kernels.normalize(a, k, mean, scale, shift)
-            sums = kernels.backward_sums(g, a, k, mean, invstd)
-            dx = kernels.backward_dx(g, a, k, mean, invstd, scale, *sums, len(x))  # noqa: B023
-            fixed = kernels.backward_dx_fixed(a, scale)
-            new = kernels.running_update(*(array(r) for r in running), k, mean, var, 0.9)  # noqa: B023
-            return (k, mean, var, invstd, scale, out, *sums, dx, fixed, *new)
 
-        both("batchnorm", run)
+def layernorm(kernels: Any, x: Any, dout: Any, gamma: Any, beta: Any) -> tuple[Any, ...]:
+    out, *stats = kernels.forward(x, gamma, beta, 1e-5)
+    dx = kernels.backward_dx(dout, x, gamma, *stats)
+    return (out, *stats, dx, *kernels.backward_sums(dout, x, *stats))
 
 
 @in_either_order
 def test_layernorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
     for shape in ROW_SHAPES:
         x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
-        gamma, beta = channels(shape[1], dtype, rng)
+        both("layernorm", layernorm, x, dout, *channels(shape[1], dtype, rng))
 
-        def run(kernels: Any, array: Any) -> Any:
-            a, g, scale, shift = (array(v) for v in (x, dout, gamma, beta))  # noqa: B023
-            out, *stats = kernels.forward(a, scale, shift, 1e-5)
-            dx = kernels.backward_dx(g, a, scale, *stats)
-            return (out, *stats, dx, *kernels.backward_sums(g, a, *stats))
 
-        both("layernorm", run)
+def relu(kernels: Any, x: Any, dout: Any) -> tuple[Any, ...]:
+    return kernels.forward(x), kernels.backward(dout, x)
+
+
+def dropout(kernels: Any, x: Any) -> tuple[Any, ...]:
+    seed = 2**64 - 12345
+    return kernels.apply(x, 0.7, seed, 3, 2**32 - 1), kernels.apply(x, 1.0, seed, 0, 0)
 
 
 def test_relu_and_dropout(kind: str, dtype: Any, rng: np.random.Generator) -> None:
     for shape in SHAPES:
         x, dout = values(kind, shape, dtype, rng), values("special", shape, dtype, rng)
-        both(
-            "relu",
-            lambda kernels, array: (
-                kernels.forward(array(x)),  # noqa: B023
-                kernels.backward(array(dout), array(x)),  # noqa: B023
-            ),
-        )
-        seed = int(rng.integers(2**64, dtype=np.uint64))
-        both("dropout", lambda kernels, array: kernels.apply(array(x), 0.7, seed, 3, 2**32 - 1))  # noqa: B023
-        both("dropout", lambda kernels, array: kernels.apply(array(x), 1.0, seed, 0, 0))  # noqa: B023
+        both("relu", relu, x, dout)
+        both("dropout", dropout, x)
+
+
+def column_sum(kernels: Any, x: Any) -> tuple[Any, ...]:
+    return (kernels.column_sum(x),)
 
 
 @in_either_order
 def test_column_sum(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
     for shape in SHAPES:
-        x = values(kind, shape, dtype, rng)
-        both("columns", lambda kernels, array: kernels.column_sum(array(x)))  # noqa: B023
+        both("columns", column_sum, values(kind, shape, dtype, rng))
+
+
+def update_rules(kernels: Any, w: Any, dw: Any, state: Any) -> tuple[Any, ...]:
+    out = [namespace(w).empty_like(w) for _ in range(11)]
+    betas = (0.9, 0.999, 1e-8)
+    kernels.sgd(w, dw, 1e-2, out[0])
+    kernels.sgd_momentum(w, dw, state, 1e-2, 0.9, out[1], out[2])
+    kernels.rmsprop(w, dw, state, 1e-2, 0.99, 1e-8, out[3], out[4])
+    kernels.adam(w, dw, state, state, 3, 1e-3, *betas, 1e-2, 500, *out[5:8])
+    kernels.adam(w, dw, state, state, 3, 1e-3, *betas, 0.0, 0, *out[8:11])
+    return tuple(out)
 
 
 def test_update_rules(kind: str, dtype: Any, rng: np.random.Generator) -> None:
-    w, dw, s = (values(kind, (3, 333), dtype, rng) for _ in range(3))
-    state = np.abs(s)
+    w, dw, state = (values(kind, (3, 333), dtype, rng) for _ in range(3))
+    both("optimizer", update_rules, w, dw, np.abs(state))
 
-    def run(kernels: Any, array: Any) -> Any:
-        w_, dw_, s_ = array(w), array(dw), array(state)
-        outs = [array(np.empty_like(w)) for _ in range(9)]
-        kernels.sgd(w_, dw_, 1e-2, outs[0])
-        kernels.sgd_momentum(w_, dw_, s_, 1e-2, 0.9, outs[1], outs[2])
-        kernels.rmsprop(w_, dw_, s_, 1e-2, 0.99, 1e-8, outs[3], outs[4])
-        kernels.adam(
-            w_, dw_, s_, s_, 3, 1e-3, 0.9, 0.999, 1e-8, 1e-2, 500, outs[5], outs[6], outs[7]
-        )
-        kernels.adam(w_, dw_, s_, s_, 3, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0, outs[8], outs[6], outs[7])
-        return tuple(outs)
 
-    both("optimizer", run)
+def merged_and_together(kernels: Any, x: Any) -> tuple[Any, ...]:
+    k = kernels.shift(x)
+    parts = [kernels.moments(x[i : i + 256], k) for i in range(0, len(x), 256)]
+    mean, var = (namespace(x).stack([part[i] for part in parts]) for i in range(2))
+    return (*kernels.merge_moments(mean, var, 256, len(x)), *kernels.moments(x, k))
 
 
 def test_moments_merge_as_if_taken_together(rng: np.random.Generator) -> None:
     x = rng.standard_normal((1000, 5)).astype(np.float32)
-
-    def run(kernels: Any, array: Any) -> Any:
-        a = array(x)
-        k = kernels.shift(a)
-        parts = [kernels.moments(a[i : i + 256], k) for i in range(0, 1000, 256)]
-        stack = namespace(a).stack
-        mean, var = (stack([part[i] for part in parts]) for i in range(2))
-        merged = kernels.merge_moments(mean, var, 256, 1000)
-        together = kernels.moments(a, k)
-        return (*merged, *together)
-
-    both("batchnorm", run)
+    both("batchnorm", merged_and_together, x)
     kernels = importlib.import_module("gpubn.kernels.batchnorm_numba")
-    mean, var, mean_together, var_together = run(kernels, np.asarray)
+    mean, var, mean_together, var_together = merged_and_together(kernels, x)
     assert_same_bits(mean, mean_together, "mean")
     assert_same_bits(var, var_together, "var")
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator) -> None:
-    batchnorm, layernorm, columns, dropout = (
+    norm, rows, columns, masks = (
         importlib.import_module(f"gpubn.kernels.{op}_numba")
         for op in ("batchnorm", "layernorm", "columns", "dropout")
     )
 
     def run(x: Any, dout: Any) -> tuple[Any, ...]:
         gamma, beta = x[0], x[1]
-        k = batchnorm.shift(x)
-        mean, var = batchnorm.moments(x, k)
-        invstd, scale = batchnorm.statistics(var, gamma, 1e-5)
-        sums = batchnorm.backward_sums(dout, x, k, mean, invstd)
-        out, *stats = layernorm.forward(x, gamma, beta, 1e-5)
+        k = norm.shift(x)
+        mean, var = norm.moments(x, k)
+        invstd, scale = norm.statistics(var, gamma, 1e-5)
+        sums = norm.backward_sums(dout, x, k, mean, invstd)
+        out, *stats = rows.forward(x, gamma, beta, 1e-5)
         return (
             *(mean, var, *sums, out, columns.column_sum(x)),
-            batchnorm.normalize(x, k, mean, scale, beta),
-            batchnorm.backward_dx(dout, x, k, mean, invstd, scale, *sums, len(x)),
-            layernorm.backward_dx(dout, x, gamma, *stats),
-            *layernorm.backward_sums(dout, x, *stats),
-            dropout.apply(x, 0.5, 1, 2, 3),
+            norm.normalize(x, k, mean, scale, beta),
+            norm.backward_dx(dout, x, k, mean, invstd, scale, *sums, len(x)),
+            rows.backward_dx(dout, x, gamma, *stats),
+            *rows.backward_sums(dout, x, *stats),
+            masks.apply(x, 0.5, 1, 2, 3),
         )
 
     before = get_num_threads()

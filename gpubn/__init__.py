@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gpubn.backend import Device, DeviceError, current, use
+from gpubn.backend import Device, DeviceError, current, namespace, use
 
 if TYPE_CHECKING:
     from gpubn import layers, testing, train
@@ -24,6 +24,7 @@ __all__ = [
     "Solver",
     "current",
     "layers",
+    "namespace",
     "testing",
     "train",
     "use",

@@ -23,6 +23,7 @@ Array = Any
 """A NumPy or a CuPy array. CuPy publishes no types, so neither can this name."""
 
 ENVIRONMENT_VARIABLE = "GPUBN_DEVICE"
+REPRODUCIBLE_VARIABLE = "GPUBN_REPRODUCIBLE"
 
 _log = logging.getLogger("gpubn")
 
@@ -257,6 +258,34 @@ def resolve(device: str, *, from_environment: bool = False) -> Device:
             return Device("cuda", int(number), source)
     where = ENVIRONMENT_VARIABLE if from_environment else "device"
     raise ValueError(f"{where} is {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+
+# --- Reproducible matrix products -----------------------------------------------------------------
+
+
+def reproducible(choice: bool | None = None) -> bool:
+    """Return whether matrix products are to have the same bits on every device.
+
+    Parameters
+    ----------
+    choice : bool, optional
+        The caller's; without one ``GPUBN_REPRODUCIBLE`` decides, and without that it is False.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The choice is no bool, or the variable none of 1, true, yes, on, 0, false, no, off.
+    """
+    if choice is None:
+        value = os.environ.get(REPRODUCIBLE_VARIABLE, "")
+        if value.lower() in ("", "0", "false", "no", "off"):
+            return False
+        if value.lower() in ("1", "true", "yes", "on"):
+            return True
+        raise ValueError(f"{REPRODUCIBLE_VARIABLE} is {value!r}, expected 1 or 0")
+    if not isinstance(choice, bool | np.bool_):
+        raise TypeError(f"reproducible is {choice!r}, expected True or False")
+    return bool(choice)
 
 
 # --- Where an array lives ------------------------------------------------------------------------

@@ -5,22 +5,52 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
 
 from gpubn.backend import Array
 
 # error_model="numpy": a division by zero gives an infinity, as on CUDA, and costs no branch.
 # fastmath stays off: no fused multiply-add, no other order of additions, no flushing to zero.
-_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False}
+OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False}
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel at its first call, for the dtypes that it meets; kept on disk."""
     kernel: Callable[..., Any]
     try:
-        kernel = numba.njit(cache=True, **_OPTIONS)(function)
+        kernel = numba.njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # Numba found no folder that it may write to: each process compiles anew
-        kernel = numba.njit(**_OPTIONS)(function)
+        kernel = numba.njit(**OPTIONS)(function)
     return kernel
+
+
+@intrinsic
+def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return ``a * b + c``, rounded once; for compiled code, of scalars of one dtype.
+
+    A processor without the instruction calls the C library's function, which is as exact.
+    """
+    return a(a, a, a), lambda context, builder, signature, values: builder.fma(*values)
+
+
+@intrinsic
+def bits(context: Any, value: Any) -> Any:
+    """Return the bits of a float as a signed integer of its size; for compiled code."""
+    return _reinterpret(value, types.int32 if value == types.float32 else types.int64)
+
+
+@intrinsic
+def from_bits(context: Any, value: Any) -> Any:
+    """Return the float of these bits, an int32 or int64; for compiled code."""
+    return _reinterpret(value, types.float32 if value == types.int32 else types.float64)
+
+
+def _reinterpret(old: Any, new: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], context.get_value_type(new))
+
+    return new(old), generate
 
 
 def plain(*arrays: Array) -> tuple[Any, ...]:

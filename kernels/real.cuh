@@ -4,6 +4,7 @@
 //   * CuPy always ends NVRTC's options with -ftz=true, which flushes float32 subnormals even in the
 //     intrinsics (__fadd_rn becomes add.rn.ftz.f32) and in comparisons. Inline PTX is left alone.
 //   * NVRTC fuses a*b+c into one rounding by default. An instruction written with .rn is never fused.
+//     What is to be rounded once says so: fma(a, b, c).
 // float64 knows no flushing, so there the intrinsics are enough.
 
 namespace gpubn {
@@ -46,6 +47,11 @@ struct real<float> {
         asm("sqrt.rn.f32 %0, %1;" : "=f"(r) : "f"(a.v));
         return real(r);
     }
+    __device__ friend real fma(real a, real b, real c) {
+        float r;
+        asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(a.v), "f"(b.v), "f"(c.v));
+        return real(r);
+    }
 #else
     friend real operator+(real a, real b) { return real(a.v + b.v); }
     friend real operator-(real a, real b) { return real(a.v - b.v); }
@@ -54,6 +60,7 @@ struct real<float> {
     friend bool operator>(real a, real b) { return a.v > b.v; }
     friend bool operator!=(real a, real b) { return a.v != b.v; }
     friend real sqrt(real a) { return real(sqrtf(a.v)); }
+    friend real fma(real a, real b, real c) { return real(fmaf(a.v, b.v, c.v)); }
 #endif
 };
 
@@ -71,12 +78,14 @@ struct real<double> {
     __device__ friend real operator*(real a, real b) { return real(__dmul_rn(a.v, b.v)); }
     __device__ friend real operator/(real a, real b) { return real(__ddiv_rn(a.v, b.v)); }
     __device__ friend real sqrt(real a) { return real(__dsqrt_rn(a.v)); }
+    __device__ friend real fma(real a, real b, real c) { return real(__fma_rn(a.v, b.v, c.v)); }
 #else
     friend real operator+(real a, real b) { return real(a.v + b.v); }
     friend real operator-(real a, real b) { return real(a.v - b.v); }
     friend real operator*(real a, real b) { return real(a.v * b.v); }
     friend real operator/(real a, real b) { return real(a.v / b.v); }
     friend real sqrt(real a) { return real(::sqrt(a.v)); }
+    friend real fma(real a, real b, real c) { return real(::fma(a.v, b.v, c.v)); }
 #endif
     __device__ friend bool operator>(real a, real b) { return a.v > b.v; }
     __device__ friend bool operator!=(real a, real b) { return a.v != b.v; }

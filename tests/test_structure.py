@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ from conftest import host_cuda
 ROOT = Path(__file__).parent.parent
 # Each may import those before it, and itself.
 ROOMS = ("gpubn.backend", "gpubn.kernels", "gpubn.layers", "gpubn.train", "gpubn.cli")
+CLI = ROOT / "gpubn" / "cli.py"
 SOURCES = sorted([*(ROOT / "gpubn").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
 
@@ -27,7 +30,10 @@ def module_name(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """Every module that a file imports, wherever in the file, types excepted."""
-    tree = ast.parse(path.read_text("utf-8"))
+    yield from imported_by(ast.parse(path.read_text("utf-8")), str(path))
+
+
+def imported_by(tree: ast.AST, path: str = "") -> Iterator[str]:
     typing_only = {
         id(node)
         for block in ast.walk(tree)
@@ -59,9 +65,35 @@ def test_imports_run_one_way() -> None:
             continue
         for imported in imports(path):
             other = room(imported)
-            assert other != "gpubn.testing", f"{path} imports {imported}: that is for tests"
-            if other is not None:
+            if other == "gpubn.testing":
+                assert path == CLI, f"{path} imports {imported}: that is for tests"
+            elif other is not None:
                 assert ROOMS.index(other) <= ROOMS.index(mine), f"{path} imports {imported}"
+
+
+def test_the_command_line_imports_of_testing_only_parity_and_that_in_its_command() -> None:
+    # gpubn parity is a test that users run; no other command may need what is for tests.
+    tree = ast.parse(CLI.read_text("utf-8"))
+    (command,) = (
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_parity"
+    )
+
+    def of_testing(node: ast.AST) -> list[str]:
+        return [name for name in imported_by(node) if room(name) == "gpubn.testing"]
+
+    assert of_testing(command) == ["gpubn.testing", "gpubn.testing.parity"]
+    assert of_testing(tree) == of_testing(command)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["train", "--help"]])
+def test_other_commands_do_not_import_testing(arguments: list[str]) -> None:
+    code = f"""
+import sys, gpubn, gpubn.cli
+gpubn.cli.main({arguments})
+print([name for name in sys.modules if name.startswith("gpubn.testing")], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
 
 
 def test_who_may_import_cupy_and_numba() -> None:
@@ -95,7 +127,8 @@ def functions(module: ModuleType) -> dict[str, inspect.Signature]:
         if inspect.isfunction(value)
         and value.__module__ == module.__name__
         and not name.startswith("_")
-        and not re.match("reduce_columns|merge_parts", name)  # how a device reduces columns
+        # How a device reduces columns, and what Numba's compiled code calls for a scalar.
+        and not re.match("reduce_columns|merge_parts|exp_of|log_of", name)
     }
 
 
@@ -125,15 +158,15 @@ def test_sizes_are_the_same_in_cuda_and_python() -> None:
         )
     )
     with host_cuda():
-        columns, layernorm, softmax = (
+        columns, *by_row = (
             importlib.import_module(f"gpubn.kernels.{op}_cuda")
-            for op in ("columns", "layernorm", "softmax")
+            for op in ("columns", "layernorm", "losses", "l2")
         )
         sizes = {
             "COLUMNS": columns._COLUMNS,
             "GROUPS": columns._GROUPS,
             "LEAVES": columns._LEAVES,
-            "LANES": layernorm._LANES,
+            "LANES": by_row[0]._LANES,
         }
-        assert softmax._LANES == layernorm._LANES
-    assert sizes == {name: int(value) for name, value in constants.items()}
+        assert {module._LANES for module in by_row} == {sizes["LANES"]}
+    assert sizes == {name: int(constants[name]) for name in sizes}

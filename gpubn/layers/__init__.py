@@ -19,7 +19,7 @@ from gpubn.layers.combined import (
 )
 from gpubn.layers.dropout import dropout_backward, dropout_forward
 from gpubn.layers.layernorm import layernorm_backward, layernorm_forward
-from gpubn.layers.losses import softmax_loss, svm_loss
+from gpubn.layers.losses import count_correct, l2_penalty, softmax_loss, svm_loss
 from gpubn.layers.relu import relu_backward, relu_forward
 
 __all__ = [
@@ -32,8 +32,10 @@ __all__ = [
     "batchnorm_backward",
     "batchnorm_backward_alt",
     "batchnorm_forward",
+    "count_correct",
     "dropout_backward",
     "dropout_forward",
+    "l2_penalty",
     "layernorm_backward",
     "layernorm_forward",
     "relu_backward",

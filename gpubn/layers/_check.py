@@ -39,21 +39,25 @@ def floating(name: str, value: Array, ndim: int | None = None) -> None:
 def like(name: str, value: Array, shape: tuple[int, ...], x: Array, x_name: str = "x") -> None:
     """Require an array of this shape, of ``x``'s dtype and on ``x``'s device."""
     array(name, value)
-    if place(value) != place(x):
-        raise ValueError(
-            f"{name} is on {place(value)} and {x_name} on {place(x)}, expected one device"
-        )
+    same_place(name, value, x, x_name)
     if value.dtype != x.dtype:
         raise TypeError(f"{name} has dtype {value.dtype}, expected {x.dtype} as {x_name} has")
     if value.shape != shape:
         raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
 
 
+def same_place(name: str, value: Array, x: Array, x_name: str = "x") -> None:
+    """Require an array on ``x``'s device."""
+    if place(value) != place(x):
+        raise ValueError(
+            f"{name} is on {place(value)} and {x_name} on {place(x)}, expected one device"
+        )
+
+
 def labels(y: Array, x: Array) -> Array:
     """Require labels ``(N,)`` for scores ``x (N, C)``; return them as int64 on ``x``'s device."""
     label_array(y, x.shape[0])
-    if place(y) != place(x):
-        raise ValueError(f"y is on {place(y)} and x on {place(x)}, expected one device")
+    same_place("y", y, x)
     label_range(y, x.shape[1])
     return y.astype(np.int64, copy=False)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpubn import backend
 from gpubn.backend import Array, is_cuda, namespace, scope_of
 from gpubn.kernels import for_array
 from gpubn.layers import _check
@@ -15,9 +16,12 @@ from gpubn.layers import _check
 class _Cache(NamedTuple):
     x: Array
     w: Array
+    reproducible: bool
 
 
-def affine_forward(x: Array, w: Array, b: Array) -> tuple[Array, Any]:
+def affine_forward(
+    x: Array, w: Array, b: Array, reproducible: bool | None = None
+) -> tuple[Array, Any]:
     """Return ``x.reshape(N, -1) @ w + b`` and a cache.
 
     Parameters
@@ -25,6 +29,9 @@ def affine_forward(x: Array, w: Array, b: Array) -> tuple[Array, Any]:
     x : array (N, d1, ..., dk), float32 or float64
     w : array (D, M), with D = d1 * ... * dk
     b : array (M,)
+    reproducible : bool, optional
+        Whether the matrix products, the backward pass's too, are to have the same bits on every
+        device; by default as ``GPUBN_REPRODUCIBLE`` says, else False.
 
     Returns
     -------
@@ -39,8 +46,10 @@ def affine_forward(x: Array, w: Array, b: Array) -> tuple[Array, Any]:
 
     Notes
     -----
-    The product runs on the device's BLAS, whose rounding differs between devices.
+    By default the products run on the device's BLAS, whose rounding differs between devices.
+    Reproducible ones add up in one order, each output by one chain of fused multiply-adds.
     """
+    reproducible = backend.reproducible(reproducible)
     _check.floating("x", x)
     if x.ndim < 2:
         raise ValueError(f"x has shape {x.shape}, expected (N, d1, ...)")
@@ -48,22 +57,27 @@ def affine_forward(x: Array, w: Array, b: Array) -> tuple[Array, Any]:
     _check.like("w", w, (math.prod(x.shape[1:]), w.shape[1]), x)
     _check.like("b", b, (w.shape[1],), x)
     with scope_of(x):
-        out = _rows(x) @ _plain(w)
-        out += b
-    return out, _Cache(x, w)
+        kernels = for_array("gemm", x)
+        out = _product(_rows(x), _plain(w), reproducible)
+        kernels.add_bias(out, b)
+    return out, _Cache(x, w, reproducible)
 
 
 def affine_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     """Return dx (in x's shape), dw and db for ``dout (N, M)``."""
     _check.cache_of("affine", cache, _Cache)
-    x, w = cache
+    x, w, reproducible = cache
     _check.like("dout", dout, (x.shape[0], w.shape[1]), x)
     with scope_of(x):
         dout = _plain(dout)
-        dx = (dout @ _plain(w).T).reshape(x.shape)
-        dw = _rows(x).T @ dout
+        dx = _product(dout, _plain(w).T, reproducible).reshape(x.shape)
+        dw = _product(_rows(x).T, dout, reproducible)
         db = for_array("columns", dout).column_sum(dout)
     return dx, dw, db
+
+
+def _product(a: Array, b: Array, reproducible: bool) -> Array:
+    return for_array("gemm", a).matmul(a, b) if reproducible else a @ b
 
 
 def _rows(x: Array) -> Array:

@@ -23,9 +23,11 @@ class _AffineBNReLU(NamedTuple):
     relu: Any
 
 
-def affine_relu_forward(x: Array, w: Array, b: Array) -> tuple[Array, Any]:
+def affine_relu_forward(
+    x: Array, w: Array, b: Array, reproducible: bool | None = None
+) -> tuple[Array, Any]:
     """Return affine then ReLU, and a cache; arguments as in ``affine_forward``."""
-    out, affine = affine_forward(x, w, b)
+    out, affine = affine_forward(x, w, b, reproducible)
     out, relu = relu_forward(out)
     return out, _AffineReLU(affine, relu)
 
@@ -44,9 +46,10 @@ def affine_bn_relu_forward(
     gamma: Array,
     beta: Array,
     bn_param: MutableMapping[str, Any],
+    reproducible: bool | None = None,
 ) -> tuple[Array, Any]:
     """Return affine, batch norm, then ReLU, and a cache; arguments as in the single layers."""
-    out, affine = affine_forward(x, w, b)
+    out, affine = affine_forward(x, w, b, reproducible)
     out, norm = batchnorm_forward(out, gamma, beta, bn_param)
     out, relu = relu_forward(out)
     return out, _AffineBNReLU(affine, norm, relu)

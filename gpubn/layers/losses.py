@@ -1,6 +1,8 @@
-"""Losses over class scores."""
+"""Losses over class scores and weights, and how many answers are right."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from gpubn.backend import Array, namespace, scope_of
 from gpubn.kernels import for_array
@@ -31,7 +33,7 @@ def softmax_loss(x: Array, y: Array) -> tuple[Array, Array]:
     _check.floating("x", x, ndim=2)
     with scope_of(x):
         y = _check.labels(y, x)
-        loss, dx = for_array("softmax", x).loss(x, y)
+        loss, dx = for_array("losses", x).softmax_loss(x, y)
     return loss[()], dx
 
 
@@ -42,15 +44,58 @@ def svm_loss(x: Array, y: Array) -> tuple[Array, Array]:
     Arguments, results and errors are those of ``softmax_loss``.
     """
     _check.floating("x", x, ndim=2)
-    xp = namespace(x)
     with scope_of(x):
         y = _check.labels(y, x)
-        x = xp.ascontiguousarray(x)  # a sum follows the order of memory
-        samples = xp.arange(x.shape[0])
-        margins = xp.maximum(0, x - x[samples, y][:, None] + 1)
-        margins[samples, y] = 0
-        loss = margins.sum() / x.shape[0]
-        dx = (margins > 0).astype(x.dtype)
-        dx[samples, y] = -dx.sum(axis=1)
-        dx /= x.shape[0]
-    return loss, dx
+        loss, dx = for_array("losses", x).svm_loss(x, y)
+    return loss[()], dx
+
+
+def l2_penalty(w: Array, reg: float) -> tuple[Array, Array]:
+    """Return ``0.5 * reg * sum(w**2)``, a number of w's dtype, and its gradient ``reg * w``.
+
+    Parameters
+    ----------
+    w : array of any shape, float32 or float64
+    reg : float
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above.
+    """
+    _check.floating("w", w)
+    reg = _check.number("reg", reg)
+    kernels = for_array("l2", w)
+    xp = namespace(w)
+    with scope_of(w):
+        loss, dw = xp.zeros((), w.dtype), xp.zeros(w.shape, w.dtype)
+        kernels.add_scaled(loss, kernels.sum_of_squares(w), 0.5 * reg)
+        kernels.add_scaled(dw, w, reg)
+    return loss[()], dw
+
+
+def count_correct(x: Array, y: Array) -> Array:
+    """Return how many rows of scores have their first largest one at their label.
+
+    Parameters
+    ----------
+    x : array (N, C), float32 or float64
+        A NaN counts as larger than any number.
+    y : integer array (N,)
+        A label that is no class is never right.
+
+    Returns
+    -------
+    count : number, int64
+        A CuPy array of no dimensions where x is on CUDA: nothing waits for it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An argument is not as above.
+    """
+    _check.floating("x", x, ndim=2)
+    _check.label_array(y, x.shape[0])
+    _check.same_place("y", y, x)
+    with scope_of(x):
+        return for_array("losses", x).count_correct(x, y.astype(np.int64, copy=False))[()]

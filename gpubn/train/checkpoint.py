@@ -8,7 +8,6 @@ was written.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,7 +18,8 @@ import numpy as np
 
 from gpubn.backend import Array, to_host
 from gpubn.train.net import FullyConnectedNet
-from gpubn.train.solver import RUNNING, Solver
+from gpubn.train.parameters import RUNNING, digest
+from gpubn.train.solver import Solver
 
 FORMAT = 1
 """Raised when a change to the format would mislead an older reader."""
@@ -165,7 +165,7 @@ def _write(
     host = {name: np.array(to_host(array), order="C") for name, array in arrays.items()}
     text = json.dumps({"format": FORMAT, "kind": kind, **header}, sort_keys=True)
     # One entry, for safetensors writes several in any order, and equal states make equal files.
-    atomic_write(path, to_bytes(host, {"gpubn": _digest(host, text) + text}))
+    atomic_write(path, to_bytes(host, {"gpubn": digest(host, text).hexdigest() + text}))
 
 
 def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,8 +183,8 @@ def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict
         raise CheckpointError(f"{name} is no whole safetensors file: {error}") from error
     if "gpubn" not in metadata:
         raise CheckpointError(f"{name} was not written by gpubn")
-    digest, text = metadata["gpubn"][:64], metadata["gpubn"][64:]
-    if digest != _digest(arrays, text):
+    written, text = metadata["gpubn"][:64], metadata["gpubn"][64:]
+    if written != digest(arrays, text).hexdigest():
         raise CheckpointError(f"{name} is damaged: its contents do not fit its checksum")
     header = json.loads(text)
     if header["format"] != FORMAT:
@@ -192,12 +192,3 @@ def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict
     if header["kind"] != kind:
         raise CheckpointError(f"{name} is a {header['kind']}, expected a {kind}")
     return arrays, header
-
-
-def _digest(arrays: Mapping[str, Any], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

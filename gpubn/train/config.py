@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gpubn import backend
 from gpubn.layers import _check
 from gpubn.train import optim
 
@@ -44,6 +45,9 @@ class RunConfig:
         As for ``gpubn.use``; by default the device in force.
     seed : int
         Of the weights, the dropout masks and the order of the samples.
+    reproducible : bool
+        Whether matrix products have the same bits on every device, so that the trained weights do;
+        by default as ``GPUBN_REPRODUCIBLE`` says, else False.
 
     Raises
     ------
@@ -65,6 +69,7 @@ class RunConfig:
     dtype: str = "float32"
     device: str | None = None
     seed: int = 0
+    reproducible: bool = field(default_factory=backend.reproducible)
 
     def __post_init__(self) -> None:
         _text("data", self.data)
@@ -91,6 +96,7 @@ class RunConfig:
         self._set("seed", _check.whole("seed", self.seed, 0))
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}, expected less than 2**63: TOML holds no more")
+        self._set("reproducible", backend.reproducible(self.reproducible))
         if self.device is not None:
             _text("device", self.device)
 

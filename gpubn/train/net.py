@@ -25,7 +25,7 @@ from gpubn.layers import (
     relu_backward,
     relu_forward,
 )
-from gpubn.train.parameters import Parameters
+from gpubn.train.parameters import RUNNING, Parameters, digest
 
 NORMALIZATIONS = (None, "batchnorm", "layernorm")
 
@@ -53,6 +53,10 @@ class FullyConnectedNet:
         every training call of ``loss`` has masks of its own.
     device : str, optional
         As for ``gpubn.use``; by default the device in force.
+    reproducible : bool, optional
+        Whether matrix products are to have the same bits on every device, as all else has: a whole
+        training run then gives the same weights everywhere. Asks for a seed. By default as
+        ``GPUBN_REPRODUCIBLE`` says, else False: products run on the device's BLAS.
 
     Attributes
     ----------
@@ -78,6 +82,7 @@ class FullyConnectedNet:
         dtype: Any = np.float32,
         seed: int | None = None,
         device: str | None = None,
+        reproducible: bool | None = None,
     ) -> None:
         if not isinstance(hidden_dims, Iterable):
             raise TypeError(f"hidden_dims is {hidden_dims!r}, expected a sequence of widths")
@@ -103,6 +108,9 @@ class FullyConnectedNet:
         if self.dtype not in _check.FLOATS:
             raise TypeError(f"dtype is {self.dtype}, expected float32 or float64")
         self.seed = None if seed is None else _check.counter("seed", seed, 64)
+        self.reproducible = backend.reproducible(reproducible)
+        if reproducible and self.seed is None:
+            raise ValueError("seed is None, expected a number where reproducible is True")
         self.device = backend.current() if device is None else backend.resolve(device)
         self.num_layers = len(self.hidden_dims) + 1
         self.step = 0
@@ -150,7 +158,18 @@ class FullyConnectedNet:
             "weight_scale": self.weight_scale,
             "dtype": self.dtype.name,
             "seed": self.seed,
+            "reproducible": self.reproducible,
         }
+
+    def sha256(self) -> str:
+        """Return a SHA-256, in hex, of parameters and running statistics: names, shapes, values."""
+        arrays = {
+            f"{name}{i}": bn_param[name]
+            for i, bn_param in enumerate(self.bn_params, 1)
+            for name in RUNNING
+            if name in bn_param
+        }
+        return str(digest({**self._params, **arrays}).hexdigest())
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -210,7 +229,7 @@ class FullyConnectedNet:
         X = self.as_input(X)
         with self.device.scope():
             scores, caches = self._scores(X, "train")
-            loss, dout = for_array("softmax", scores).loss(scores, y)
+            loss, dout = for_array("losses", scores).softmax_loss(scores, y)
             last = self.num_layers
             dout, grads[f"W{last}"], grads[f"b{last}"] = affine_backward(dout, caches.pop())
             for layer in range(last - 1, 0, -1):
@@ -227,10 +246,10 @@ class FullyConnectedNet:
                     dout, grads[f"gamma{layer}"], grads[f"beta{layer}"] = backward(dout, norm)
                 dout, grads[f"W{layer}"], grads[f"b{layer}"] = affine_backward(dout, affine)
             if self.reg:
+                l2 = for_array("l2", loss)
                 weights = self._params.flat[: self.num_weights]
-                loss = loss + 0.5 * self.reg * (weights @ weights)
-                weight_grads = grads.flat[: self.num_weights]
-                weight_grads += self.reg * weights
+                l2.add_scaled(loss, l2.sum_of_squares(weights), 0.5 * self.reg)
+                l2.add_scaled(grads.flat[: self.num_weights], weights, self.reg)
         return loss
 
     def _scores(self, X: Array, mode: str) -> tuple[Array, list[Any]]:
@@ -239,7 +258,7 @@ class FullyConnectedNet:
         for bn_param in self.bn_params:
             bn_param["mode"] = mode
         for layer in range(1, self.num_layers):
-            out, affine = affine_forward(out, params[f"W{layer}"], params[f"b{layer}"])
+            out, affine = self._affine(out, layer)
             norm = dropout = None
             if self.normalization == "batchnorm":
                 gamma, beta = params[f"gamma{layer}"], params[f"beta{layer}"]
@@ -254,9 +273,12 @@ class FullyConnectedNet:
                     out, {"p": self.dropout_keep_ratio, "mode": mode, **mask}
                 )
             caches.append((affine, norm, relu, dropout))
-        last = self.num_layers
-        out, affine = affine_forward(out, params[f"W{last}"], params[f"b{last}"])
+        out, affine = self._affine(out, self.num_layers)
         return out, [*caches, affine]
+
+    def _affine(self, x: Array, layer: int) -> tuple[Array, Any]:
+        w, b = self._params[f"W{layer}"], self._params[f"b{layer}"]
+        return affine_forward(x, w, b, self.reproducible)
 
     def _initial(self) -> Parameters:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -269,12 +291,13 @@ class FullyConnectedNet:
         # Weights lie first: the L2 penalty and adamw's decay are over one leading stretch.
         layout = sorted(shapes, key=lambda name: not name.startswith("W"))
         params = Parameters(shapes, layout, self.dtype, self.device)
-        # Drawn on the host, in float64, in this order: the same on every device.
+        # Drawn on the host, in float64, in this order: the same on every device. Rounded to float32
+        # for float64 too, since a few draws depend on the C library's log in their last bit.
         generator = np.random.default_rng(self.seed)
         for name, shape in shapes.items():
             if name.startswith("W"):
                 weights = self.weight_scale * generator.standard_normal(shape)
-                params[name] = weights.astype(self.dtype)
+                params[name] = weights.astype(np.float32).astype(self.dtype)
             elif name.startswith("gamma"):
                 params[name] = np.ones(shape, self.dtype)
         return params
@@ -289,6 +312,8 @@ class FullyConnectedNet:
                 f"{name} has shape {X.shape}, expected (N, d1, ...) with {self.input_dim} values a "
                 "sample and at least one sample"
             )
+        if X.dtype.kind == "f" and not backend.is_cuda(X):
+            X = X.astype(self.dtype, copy=False)  # here: CuPy's cast makes subnormals zero
         with self.device.scope():
             return self._here(name, X).astype(self.dtype, copy=False)
 

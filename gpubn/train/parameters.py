@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
-from gpubn.backend import Array, Device
+from gpubn.backend import Array, Device, to_host
 from gpubn.layers import _check
+
+RUNNING = ("running_mean", "running_var")
+"""The keys of a batch norm's running statistics."""
+
+
+def digest(arrays: Mapping[str, Array], text: str = "") -> Any:
+    """Return a SHA-256 object, fed with a text and with arrays: names, dtypes, shapes and bytes."""
+    sha256 = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = to_host(arrays[name])
+        sha256.update(f"{name} {array.dtype.name} {array.shape}".encode())
+        sha256.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return sha256
 
 
 class Parameters(dict[str, Array]):

@@ -166,6 +166,7 @@ class Run:
                 config.dtype,
                 config.seed,
                 name,
+                config.reproducible,
             )
             # All data go to the device once, so that a batch is cut out there.
             arrays = {

@@ -12,12 +12,10 @@ import numpy as np
 
 from gpubn import backend
 from gpubn.backend import Array
-from gpubn.layers import _check
+from gpubn.layers import _check, count_correct
 from gpubn.train import optim
 from gpubn.train.net import FullyConnectedNet
-
-RUNNING = ("running_mean", "running_var")
-"""The keys of a batch norm's running statistics."""
+from gpubn.train.parameters import RUNNING
 
 
 class Model(Protocol):
@@ -87,6 +85,10 @@ class Solver:
         Same seed, same batches, on every device. Random where absent.
     on_iteration, on_epoch : callable, optional
         Called with the solver after every iteration, and after every epoch's accuracies.
+    reproducible : bool, optional
+        Sets a ``FullyConnectedNet``'s ``reproducible``: training then gives the same weights, bit
+        for bit, on every device. Asks for seeds, here and of the network. What the Solver itself
+        computes is always so. By default as the network was made.
 
     Attributes
     ----------
@@ -124,6 +126,7 @@ class Solver:
         seed: int | None = None,
         on_iteration: Callable[[Solver], None] | None = None,
         on_epoch: Callable[[Solver], None] | None = None,
+        reproducible: bool | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -192,6 +195,19 @@ class Solver:
             self._grads = self._net.params.zeros_like()
         else:
             self._configs = {name: dict(config) for name in model.params}
+        if reproducible is not None:
+            self._set_reproducible(backend.reproducible(reproducible), seed)
+
+    def _set_reproducible(self, reproducible: bool, seed: int | None) -> None:
+        if self._net is None:
+            raise ValueError(
+                f"reproducible is {reproducible}, expected None for a "
+                f"{type(self.model).__name__}: whose matrix products are not gpubn's"
+            )
+        for name, value in (("seed", seed), ("the network's seed", self._net.seed)):
+            if reproducible and value is None:
+                raise ValueError(f"{name} is None, expected a number where reproducible is True")
+        self._net.reproducible = reproducible
 
     # --- What it is about to do, and has done -----------------------------------------------------
 
@@ -285,6 +301,8 @@ class Solver:
         self._collect_losses()
         if not self.stopped:
             self.restore_best()
+            if self.verbose and self._net is not None and self._net.reproducible:
+                print(f"weights SHA-256 {self._net.sha256()}")
 
     def _scope(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which new arrays are made on the network's device."""
@@ -417,17 +435,19 @@ class Solver:
         if num_samples is not None and len(X) > num_samples:
             chosen = self.generator.choice(len(X), num_samples)
             X, y = _take(X, chosen), _take(y, chosen)
-        right: Any = 0
+        correct: Any = 0
         for start in range(0, len(X), batch_size):
             scores = self.model.loss(X[start : start + batch_size])
             labels = y[start : start + batch_size]
             with backend.scope_of(scores):
+                if scores.dtype not in _check.FLOATS:  # float16 or integers, of another model
+                    scores = scores.astype(np.float64)
                 if backend.is_cuda(scores):
                     labels = backend.namespace(scores).asarray(labels)
                 else:
                     labels = backend.to_host(labels)
-                right = right + (scores.argmax(axis=1) == labels).sum()
-        return float(right) / len(X)
+                correct = correct + count_correct(scores, labels)
+        return float(correct) / len(X)
 
     # --- State, for checkpoints -------------------------------------------------------------------
 

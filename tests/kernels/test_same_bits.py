@@ -200,6 +200,103 @@ def test_update_rules(kind: str, dtype: Any, rng: np.random.Generator) -> None:
     both("optimizer", update_rules, w, dw, np.abs(state))
 
 
+def elementary(kernels: Any, x: Any) -> tuple[Any, ...]:
+    return kernels.exp(x), kernels.log(x)
+
+
+def test_exp_and_log(kind: str, dtype: Any, rng: np.random.Generator) -> None:
+    for scale in (1, 30, 300):
+        both("elementary", elementary, values(kind, (3, 1001), dtype, rng) * dtype(scale))
+
+
+def losses(kernels: Any, x: Any, y: Any) -> tuple[Any, ...]:
+    return (*kernels.softmax_loss(x, y), *kernels.svm_loss(x, y), kernels.count_correct(x, y))
+
+
+@in_either_order
+def test_losses(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
+    for shape in ROW_SHAPES:
+        x, y = values(kind, shape, dtype, rng), rng.integers(0, shape[1], shape[0])
+        if kind == "ordinary":
+            x = np.round(x)  # so that several scores are the largest
+        both("losses", losses, x, y)
+
+
+def l2(kernels: Any, x: Any, y: Any) -> tuple[Any, ...]:
+    kernels.add_scaled(y, x, 0.3)
+    return kernels.sum_of_squares(x), y
+
+
+@in_either_order
+def test_l2(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
+    for shape in SHAPES:
+        x, y = values(kind, shape, dtype, rng), values("special", shape, dtype, rng)
+        both("l2", l2, x, y)
+
+
+# (M, K, N) around the edges of tiles (16 to 128 on CUDA, 6 x 8 or 6 x 16 on the CPU), of a slab of
+# k (16) and of a panel (256).
+PRODUCTS = (
+    *((1, 1, 1), (2, 3, 1), (7, 15, 17), (6, 16, 16), (16, 17, 8), (33, 31, 15), (64, 33, 65)),
+    *((129, 5, 9), (5, 255, 3), (13, 257, 33), (3, 769, 130), (1, 1000, 1)),
+)
+
+
+def products(kernels: Any, a: Any, b: Any, bias: Any) -> tuple[Any, ...]:
+    """Return a @ b, from arrays and from transposed arrays, and its sum with a bias."""
+    xp = namespace(a)
+    a_lying, b_lying = (xp.ascontiguousarray(array.T).T for array in (a, b))
+    out = kernels.matmul(a, b)
+    with_bias = out.copy()
+    kernels.add_bias(with_bias, bias)
+    others = [kernels.matmul(*pair) for pair in ((a_lying, b), (a, b_lying), (a_lying, b_lying))]
+    return (out, *others, with_bias)
+
+
+@pytest.mark.parametrize("tile", [128, 64, 32, 16])
+@in_either_order
+def test_products(
+    kind: str,
+    dtype: Any,
+    tile: int,
+    rng: np.random.Generator,
+    thread_order: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = importlib.import_module("gpubn.kernels.gemm_cuda")
+    sizes = dict(cuda._tiles_for(np.dtype(dtype)))
+    if tile not in sizes:
+        pytest.skip("there is no such tile for float64")
+    monkeypatch.setattr(cuda, "_tile", lambda *_: (tile, sizes[tile]))
+    for m, k, n in PRODUCTS if kind == "ordinary" else PRODUCTS[3:7]:
+        a, b = values(kind, (m, k), dtype, rng), values(kind, (k, n), dtype, rng)
+        both("gemm", products, a, b, channels(n, dtype, rng)[0])
+
+
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_product_is_one_chain_of_fused_multiply_adds(
+    shape: tuple[int, int, int], rng: np.random.Generator
+) -> None:
+    m, k, n = shape
+    a, b = (rng.standard_normal(s).astype(np.float32) for s in ((m, k), (k, n)))
+    chain = np.zeros((m, n), np.float32)
+    for i in range(k):
+        # In long double (64 bits) a product of floats is exact, and so is the sum unless the two
+        # are far apart; rounding twice then differs from rounding once in a case of 2^40.
+        exact = np.multiply.outer(a[:, i].astype(np.longdouble), b[i].astype(np.longdouble))
+        chain = (exact + chain).astype(np.float32)
+    kernels = importlib.import_module("gpubn.kernels.gemm_numba")
+    assert_same_bits(kernels.matmul(a, b), chain, "matmul")
+
+
+def test_a_chain_may_end_at_minus_zero() -> None:
+    """What lies beyond the last k adds nothing, not even +0."""
+    tiny = np.full((1, 1), 1e-30, np.float32)
+    both("gemm", lambda kernels, a, b: (kernels.matmul(a, b),), tiny, -tiny)
+    kernels = importlib.import_module("gpubn.kernels.gemm_numba")
+    assert np.signbit(kernels.matmul(tiny, -tiny)).all()
+
+
 def merged_and_together(kernels: Any, x: Any) -> tuple[Any, ...]:
     k = kernels.shift(x)
     parts = [kernels.moments(x[i : i + 256], k) for i in range(0, len(x), 256)]
@@ -218,9 +315,9 @@ def test_moments_merge_as_if_taken_together(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator) -> None:
-    norm, rows, columns, masks = (
+    norm, rows, columns, masks, gemm, scores, norms = (
         importlib.import_module(f"gpubn.kernels.{op}_numba")
-        for op in ("batchnorm", "layernorm", "columns", "dropout")
+        for op in ("batchnorm", "layernorm", "columns", "dropout", "gemm", "losses", "l2")
     )
 
     def run(x: Any, dout: Any) -> tuple[Any, ...]:
@@ -237,6 +334,9 @@ def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator)
             rows.backward_dx(dout, x, gamma, *stats),
             *rows.backward_sums(dout, x, *stats),
             masks.apply(x, 0.5, 1, 2, 3),
+            *(gemm.matmul(x, dout[:20].T), gemm.matmul(x.T, dout[:, :9].copy())),
+            *(*scores.softmax_loss(x, labels), *scores.svm_loss(x, labels)),
+            norms.sum_of_squares(x),
         )
 
     before = get_num_threads()
@@ -244,6 +344,7 @@ def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator)
         for shape in ((70_001, 7), (1031, 300), (5, 40_001)):
             x = rng.standard_normal(shape).astype(dtype)
             dout = rng.standard_normal(shape).astype(dtype)
+            labels = rng.integers(0, shape[1], shape[0])
             set_num_threads(1)
             expected = run(x, dout)
             set_num_threads(threads)

@@ -233,7 +233,7 @@ def test_weights_are_drawn_in_order(device: Device, dtype: Any) -> None:
     net = make(dtype=dtype, seed=2**64 - 1, weight_scale=0.3, normalization="batchnorm")
     generator = np.random.default_rng(2**64 - 1)
     for layer, shape in enumerate([(4, 4), (4, 3), (3, 3)], 1):
-        expected = (0.3 * generator.standard_normal(shape)).astype(dtype)
+        expected = (0.3 * generator.standard_normal(shape)).astype(np.float32)  # float64 nets too
         weights = net.params[f"W{layer}"]
         assert backend.place(weights) == device.name
         assert weights.dtype == dtype
@@ -252,6 +252,7 @@ def test_defaults(device: Device) -> None:
         "weight_scale": 0.01,
         "dtype": "float32",
         "seed": None,
+        "reproducible": False,
     }
     assert to_host(net.params["W1"]).std() == pytest.approx(0.01, rel=0.1)
     assert (net.device, net.step) == (device, 0)

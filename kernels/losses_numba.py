@@ -1,0 +1,74 @@
+"""Losses of scores ``x (N, C)``, and the count of right answers, on the CPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpubn.backend import Array
+from gpubn.kernels.columns_numba import column_sum
+from gpubn.kernels.compile_numba import compiled, plain
+from gpubn.kernels.elementary_numba import exp_of, log_of
+from gpubn.kernels.rows_numba import buffer_for, row_sum, scratch_for
+from gpubn.kernels.threads import split
+
+
+def softmax_loss(x: Array, y: Array) -> tuple[Array, Array]:
+    """Return the mean loss, an array of no dimensions, and dx ``(N, C)``; ``y`` is int64."""
+    return _mean_loss(_softmax_loss, x, y)
+
+
+def svm_loss(x: Array, y: Array) -> tuple[Array, Array]:
+    """Return the mean loss, an array of no dimensions, and dx ``(N, C)``; ``y`` is int64."""
+    return _mean_loss(_svm_loss, x, y)
+
+
+def count_correct(x: Array, y: Array) -> Array:
+    """Return how many rows' first largest score is their label's; int64, of no dimensions."""
+    return np.asarray((x.argmax(axis=1) == y).sum())  # NumPy takes a NaN for the largest
+
+
+def _mean_loss(kernel: Callable[..., None], x: Array, y: Array) -> tuple[Array, Array]:
+    x, y = plain(x, y)
+    losses, dx = np.empty((x.shape[0], 1), x.dtype), np.empty_like(x)
+    split(lambda a, b: kernel(x, y, losses, dx, a, b), x.shape[0], x.size)
+    return np.asarray(column_sum(losses)[0] / x.dtype.type(x.shape[0])), dx
+
+
+@compiled
+def _softmax_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> None:
+    real = x.dtype.type
+    columns, count = x.shape[1], real(x.shape[0])
+    scratch, e = scratch_for(x), buffer_for(x)
+    for r in range(first, last):
+        xr, dxr = x[r], dx[r]
+        top = xr[0]
+        for j in range(1, columns):
+            if xr[j] > top:
+                top = xr[j]
+        for j in range(columns):
+            e[j] = exp_of(xr[j] - top)
+        total = row_sum(e, scratch)
+        losses[r, 0] = log_of(total) - (xr[y[r]] - top)
+        for j in range(columns):
+            dxr[j] = (e[j] / total - real(j == y[r])) / count
+
+
+@compiled
+def _svm_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> None:
+    real = x.dtype.type
+    zero, one = real(0), real(1)
+    columns, count = x.shape[1], real(x.shape[0])
+    scratch, margins = scratch_for(x), buffer_for(x)
+    for r in range(first, last):
+        xr, dxr, label = x[r], dx[r], y[r]
+        right, above = xr[label], 0
+        for j in range(columns):
+            margin = (xr[j] - right) + one
+            margins[j] = zero if zero > margin else margin  # a NaN stays one
+        margins[label] = zero
+        losses[r, 0] = row_sum(margins, scratch)
+        for j in range(columns):
+            above += margins[j] > zero
+            dxr[j] = (one if margins[j] > zero else zero) / count
+        dxr[label] = (zero - real(above)) / count

@@ -1,8 +1,8 @@
 """Numerical gradients, to check the analytic ones against.
 
-The three functions of CS231n's ``gradient_check`` under their own names. They take NumPy and CuPy
-arrays alike and import no CuPy: everything goes through the methods of the arrays that they are
-given.
+``check_gradients`` checks a pair of forward and backward in one call. The other three are the
+functions of CS231n's ``gradient_check`` under their own names. All take NumPy and CuPy arrays alike
+and import no CuPy.
 
 Check in float64: the difference of two results that a step of 1e-5 makes keeps about ten correct
 digits there, and one or two in float32. Use a random upstream gradient too: with one of ones,
@@ -12,16 +12,182 @@ normalization passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["eval_numerical_gradient", "eval_numerical_gradient_array", "rel_error"]
+from gpubn.backend import namespace, place, scope_of, to_host
+
+__all__ = [
+    "check_gradients",
+    "eval_numerical_gradient",
+    "eval_numerical_gradient_array",
+    "rel_error",
+]
 
 # A NumPy or a CuPy array. CuPy publishes no types, and this module may not import it to ask.
 Array: TypeAlias = Any
+
+# How many roundings of its result's size a forward pass may have, where its change is taken to be
+# noise: about what a normalization has, and few enough to leave eight digits.
+_ROUNDINGS = 8
+
+
+def check_gradients(
+    forward: Callable[..., tuple[Array, Any]],
+    backward: Callable[[Array, Any], Any],
+    *inputs: Any,
+    seed: int = 0,
+    tolerance: float = 1e-6,
+    h: float = 1e-5,
+) -> tuple[float, ...]:
+    """Assert that a backward pass gives the gradients of its forward pass.
+
+    The upstream gradient is random: one of ones hides errors that cancel in a sum.
+
+    Parameters
+    ----------
+    forward : callable
+        ``out, cache = forward(*inputs)``, with `out` a float64 array or number.
+    backward : callable
+        ``backward(dout, cache)`` returns the gradients of the float64 arrays among `inputs`, in
+        their order: a tuple or list, or the gradient itself where there is one. Other inputs have
+        no place in it.
+    *inputs
+        At least one float64 array, NumPy or CuPy; small, since each element costs two forward
+        passes. Anything else (labels, a dict of parameters, a number) is passed on. Each call gets
+        copies: yours stay as they are, and what one call changes the next does not see.
+    seed : int
+        Of the upstream gradient, normally distributed.
+    tolerance : float
+        The largest relative error that is accepted.
+    h : float
+        The step of the central differences. They are wrong next to a kink, such as ReLU's at 0:
+        keep inputs at least this far away.
+
+    Returns
+    -------
+    tuple of float
+        For each gradient its largest relative error, ``|a - n| / max(|a| + |n|, floor)`` of an
+        analytic element a and a numerical one n. At the floor, ``noise / tolerance``, a difference
+        as large as the rounding noise of a central difference is just accepted, so that a gradient
+        of 0 can be checked too: ``noise = 8 * 2**-52 * sum(abs(out * dout)) / h``.
+
+    Raises
+    ------
+    AssertionError
+        If a gradient is wrong: the input's position, the worst element's index and both values. Or
+        if there is not one for each float64 array, of its shape, dtype and device.
+    TypeError
+        If an input is an array of another floating-point dtype (float32 keeps one or two digits of
+        a central difference), none is float64, or `forward` does not return as above.
+    ValueError
+        If `tolerance` or `h` is not a positive number, or `h` is lost in an element of the inputs.
+    """
+    __tracebackhide__ = True  # pytest then shows the caller's line, not these
+    for option, value in (("tolerance", tolerance), ("h", h)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{option} is {value}, expected a positive number")
+    positions = _differentiable(inputs)
+    out, cache = _out_and_cache(forward(*_copies(inputs)))
+    normal = np.random.default_rng(seed).normal(size=out.shape)
+    with scope_of(out):
+        dout = namespace(out).asarray(normal)
+    floor = _ROUNDINGS * 2.0**-52 * float(abs(out * dout).sum()) / h / tolerance
+    # A copy, for backward may write to it.
+    gradients = _gradients(backward(dout.copy(), cache), inputs, positions)
+
+    errors = []
+    for position, gradient in zip(positions, gradients, strict=True):
+
+        def out_at(x: Array, position: int = position) -> Array:
+            moved = _copies([*inputs[:position], x, *inputs[position + 1 :]])
+            return _out_and_cache(forward(*moved))[0]
+
+        point = inputs[position].copy()
+        numerical = to_host(eval_numerical_gradient_array(out_at, point, dout, h))
+        errors.append(_assert_close(position, gradient, numerical, floor, tolerance))
+    return tuple(errors)
+
+
+def _differentiable(inputs: Sequence[Any]) -> list[int]:
+    """Return the positions of the float64 arrays, and refuse other floating-point ones."""
+    arrays = [i for i, value in enumerate(inputs) if _is_array(value) and value.dtype.kind in "fc"]
+    for i in arrays:
+        if inputs[i].dtype != np.float64:
+            raise TypeError(
+                f"input {i} has dtype {inputs[i].dtype}, expected float64: central differences "
+                'need its digits (x.astype("float64") has them)'
+            )
+    if not arrays:
+        raise TypeError("no input is an array of floating point, expected at least one to check")
+    return arrays
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    return [value.copy() if _is_array(value) else copy.deepcopy(value) for value in values]
+
+
+def _out_and_cache(returned: Any) -> tuple[Array, Any]:
+    if not isinstance(returned, tuple):
+        raise TypeError(f"forward returned {_describe(returned)}, expected a tuple (out, cache)")
+    if len(returned) != 2:
+        raise TypeError(f"forward returned {len(returned)} values, expected two: (out, cache)")
+    out = np.float64(returned[0]) if isinstance(returned[0], float) else returned[0]
+    if not _is_array(out):
+        raise TypeError(f"forward's out is {_describe(out)}, expected a float64 array or number")
+    if out.dtype != np.float64:
+        raise TypeError(f"forward's out has dtype {out.dtype}, expected float64 like its inputs")
+    return out, returned[1]
+
+
+def _gradients(returned: Any, inputs: Sequence[Any], positions: list[int]) -> list[NDArray[Any]]:
+    """Bring the gradients that backward returned to the host, checked against the inputs."""
+    __tracebackhide__ = True
+    gradients = returned if isinstance(returned, tuple | list) else (returned,)
+    if len(gradients) != len(positions):
+        raise AssertionError(
+            f"backward's gradients are {len(gradients)}, expected {len(positions)}: one for each "
+            f"float64 array among the inputs, at {positions}"
+        )
+    for position, gradient in zip(positions, gradients, strict=True):
+        name, x = f"the gradient of input {position}", inputs[position]
+        if not _is_array(gradient):
+            raise AssertionError(f"{name} is {_describe(gradient)}, expected an array")
+        for what, came, expected in (
+            ("shape", gradient.shape, x.shape),
+            ("dtype", gradient.dtype, x.dtype),
+            ("device", place(gradient), place(x)),
+        ):
+            if came != expected:
+                raise AssertionError(f"{name} has {what} {came}, expected {expected}")
+    return [np.asarray(to_host(gradient)) for gradient in gradients]
+
+
+def _assert_close(
+    position: int, gradient: NDArray[Any], numerical: NDArray[Any], floor: float, tolerance: float
+) -> float:
+    """Return the largest relative error of a gradient, or raise if it is above the tolerance."""
+    __tracebackhide__ = True
+    with np.errstate(invalid="ignore", divide="ignore"):  # no number, or 0 / 0
+        differences = np.abs(gradient - numerical)
+        relative = differences / np.maximum(np.abs(gradient) + np.abs(numerical), floor)
+    relative = np.where(differences == 0, 0.0, relative)
+    relative = np.where(np.isnan(relative), np.inf, relative)  # a NaN on either side is an error
+    wrong = relative > tolerance
+    if wrong.any():
+        index = np.unravel_index(np.argmax(relative), relative.shape)
+        raise AssertionError(
+            f"the gradient of input {position} is wrong in {np.count_nonzero(wrong)} of "
+            f"{wrong.size} elements, worst at {[int(i) for i in index]}: analytic "
+            f"{gradient[index]:.17g}, numerical {numerical[index]:.17g}, relative error "
+            f"{relative[index]:.3g}, expected at most {tolerance:g}"
+        )
+    return float(relative.max(initial=0.0))
 
 
 def rel_error(x: Array, y: Array) -> float:

@@ -2,8 +2,11 @@ import math
 
 import numpy as np
 import pytest
+from conftest import host_cuda
 
+from gpubn import backend
 from gpubn.testing.gradients import (
+    check_gradients,
     eval_numerical_gradient,
     eval_numerical_gradient_array,
     rel_error,
@@ -280,3 +283,186 @@ class TestArrayFunction:
         shown = eval_numerical_gradient_array(normalise, x, upstream)
         np.testing.assert_allclose(hidden, wrong_dx(ones), atol=1e-8)
         assert rel_error(shown, wrong_dx(upstream)) > 0.01
+
+
+def cubic_forward(x, w):
+    return x**3 * w, (x, w)
+
+
+def cubic_backward(dout, cache):
+    x, w = cache
+    return 3 * x**2 * w * dout, x**3 * dout
+
+
+class TestCheckGradients:
+    @pytest.fixture
+    def x(self, rng):
+        return rng.normal(size=(3, 4))
+
+    @pytest.fixture
+    def w(self, rng):
+        return rng.normal(size=(3, 4))
+
+    def test_right_gradients_give_their_errors(self, x, w):
+        errors = check_gradients(cubic_forward, cubic_backward, x, w)
+        assert len(errors) == 2
+        assert all(type(error) is float and 0 < error < 1e-8 for error in errors)
+
+    def test_one_gradient_needs_no_tuple(self, x):
+        check_gradients(lambda x: (x**2, x), lambda dout, x: 2 * x * dout, x)
+
+    def test_cupy_arrays(self, x, w):
+        with host_cuda():
+            cupy = backend.resolve("cuda").xp
+            on_device = [cupy.asarray(a) for a in (x, w)]
+            assert check_gradients(cubic_forward, cubic_backward, *on_device) == pytest.approx(
+                check_gradients(cubic_forward, cubic_backward, x, w)
+            )
+            expected = r"gradient of input 1 has device cpu, expected cuda:0"
+            with pytest.raises(AssertionError, match=expected):
+                check_gradients(
+                    cubic_forward,
+                    lambda dout, cache: (cubic_backward(dout, cache)[0], x),
+                    *on_device,
+                )
+
+    @pytest.mark.parametrize("position", [0, 1])
+    def test_a_wrong_element_is_named(self, x, w, position):
+        w[2, 1] = x[2, 1] = 1.0
+
+        def wrong(dout, cache):
+            gradients = cubic_backward(dout, cache)
+            gradients[position][2, 1] *= 1 + 1e-5
+            return gradients
+
+        expected = (
+            rf"^the gradient of input {position} is wrong in 1 of 12 elements, worst at \[2, 1\]: "
+            r"analytic -?\d\.\d+, numerical -?\d\.\d+, relative error 5e-06, expected at most 1e-06"
+        )
+        with pytest.raises(AssertionError, match=expected):
+            check_gradients(cubic_forward, wrong, x, w)
+        check_gradients(cubic_forward, wrong, x, w, tolerance=1e-5)
+
+    def test_upstream_is_random_and_seeded(self, x):
+        seen = []
+
+        def backward(dout, cache):
+            seen.append(dout.copy())
+            return 2 * dout
+
+        for seed in (0, 0, 1):
+            check_gradients(lambda x: (2 * x, None), backward, x, seed=seed)
+        assert (seen[0] == seen[1]).all()
+        assert np.unique([*seen[0].ravel(), *seen[2].ravel()]).size == 24
+
+    def test_sees_a_dx_that_forgets_the_variance(self, x):
+        def forward(x):
+            return (x - x.mean(axis=0)) / x.std(axis=0), x
+
+        def backward(dout, x):
+            return (dout - dout.mean(axis=0)) / x.std(axis=0)
+
+        with pytest.raises(AssertionError, match="input 0 is wrong in 12 of 12"):
+            check_gradients(forward, backward, x)
+
+    def test_a_gradient_that_vanishes_can_be_checked(self, x):
+        bias = np.array([0.3, -0.2, 0.1, 1.0])  # a normalization takes it away again
+
+        def forward(x, bias):
+            y = x + bias
+            return (y - y.mean(axis=0)) / y.std(axis=0), None
+
+        def dbias(of_bias):
+            return lambda dout, _: (numerical, np.full(4, of_bias))
+
+        dout = np.random.default_rng(0).normal(size=x.shape)
+        numerical = eval_numerical_gradient_array(lambda x: forward(x, bias)[0], x, dout)
+        errors = check_gradients(forward, dbias(0.0), x, bias)
+        assert 0 < errors[1] <= 1e-6
+        with pytest.raises(AssertionError, match="input 1 is wrong in 4 of 4"):
+            check_gradients(forward, dbias(1e-6), x, bias)
+
+    @pytest.mark.parametrize("wrong", [math.nan, math.inf])
+    def test_nan_and_infinity_are_errors(self, x, wrong):
+        with pytest.raises(AssertionError, match=r"in 12 of 12 elements.*relative error inf"):
+            check_gradients(lambda x: (x, 1), lambda dout, _: dout * wrong, x)
+
+    def test_other_inputs_are_passed_on_and_have_no_gradient(self, x):
+        labels, params = np.array([0, 3, 1]), {"scale": 2.0, "calls": 0}
+
+        def forward(labels, x, params, power):
+            params["calls"] += 1
+            assert params["calls"] == 1  # each call has its own
+            return x[np.arange(3), labels] ** power * params["scale"], (x, labels, power)
+
+        def backward(dout, cache):
+            x, labels, power = cache
+            dx = np.zeros_like(x)
+            rows = np.arange(3)
+            dx[rows, labels] = 2 * power * x[rows, labels] ** (power - 1) * dout
+            return dx
+
+        assert len(check_gradients(forward, backward, labels, x, params, 3)) == 1
+        assert params["calls"] == 0
+
+    def test_forward_may_work_in_place_and_inputs_stay(self, x):
+        before = x.copy()
+        x.flags.writeable = False
+
+        def forward(x):
+            x *= 3
+            return x, None
+
+        def backward(dout, _):
+            dout *= 3
+            return dout
+
+        check_gradients(forward, backward, x)
+        assert (x == before).all()
+
+    @pytest.mark.parametrize("as_number", [float, np.float64, np.asarray])
+    def test_a_loss_is_a_number(self, x, as_number):
+        check_gradients(lambda x: (as_number((x**2).sum()), x), lambda dout, x: 2 * x * dout, x)
+
+    @pytest.mark.parametrize(
+        ("gradients", "message"),
+        [
+            (lambda x: (x,), r"backward's gradients are 1, expected 2: .* at \[0, 2\]"),
+            (lambda x: (x, x, x), "backward's gradients are 3, expected 2"),
+            (lambda x: (x, None), "gradient of input 2 is a NoneType, expected an array"),
+            (lambda x: (x, x[0]), r"gradient of input 2 has shape \(4,\), expected \(3, 4\)"),
+            (lambda x: (x.astype("f4"), x), "of input 0 has dtype float32, expected float64"),
+        ],
+    )
+    def test_one_gradient_for_each_array(self, x, gradients, message):
+        with pytest.raises(AssertionError, match=message):
+            check_gradients(lambda x, n, y: (x, 0), lambda dout, _: gradients(dout), x, 3, x)
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.complex128])
+    def test_other_floating_point_is_an_error(self, x, dtype):
+        expected = f"input 1 has dtype {np.dtype(dtype)}, expected float64: central differences"
+        with pytest.raises(TypeError, match=expected):
+            check_gradients(cubic_forward, cubic_backward, x, x.astype(dtype))
+
+    @pytest.mark.parametrize(
+        ("forward", "message"),
+        [
+            (lambda x: x, r"forward returned a ndarray, expected a tuple \(out, cache\)"),
+            (lambda x: (x, x, x), r"forward returned 3 values, expected two: \(out, cache\)"),
+            (lambda x: (None, x), "forward's out is a NoneType, expected a float64 array"),
+            (lambda x: (x.astype("f4"), x), "forward's out has dtype float32, expected float64"),
+        ],
+    )
+    def test_forward_returns_out_and_cache(self, x, forward, message):
+        with pytest.raises(TypeError, match=message):
+            check_gradients(forward, lambda dout, _: dout, x)
+
+    def test_nothing_to_check_is_an_error(self):
+        with pytest.raises(TypeError, match="no input is an array of floating point"):
+            check_gradients(cubic_forward, cubic_backward, np.arange(3), 2.0)
+
+    @pytest.mark.parametrize("option", ["tolerance", "h"])
+    @pytest.mark.parametrize("value", [0, -1e-6, math.nan, math.inf])
+    def test_options_are_checked(self, x, option, value):
+        with pytest.raises(ValueError, match=f"{option} is {value}, expected a positive number"):
+            check_gradients(cubic_forward, cubic_backward, x, x, **{option: value})

@@ -1,4 +1,4 @@
-"""The command line: ``gpubn train``, ``gpubn evaluate``, ``gpubn info``.
+"""The command line: ``gpubn train``, ``gpubn evaluate``, ``gpubn info``, ``gpubn parity``.
 
 What takes time to import is imported where it is used, so that ``gpubn --help`` is quick.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import contextvars
+import importlib.util
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import gpubn
 from gpubn import backend
 from gpubn.train import run as runs
-from gpubn.train.checkpoint import CheckpointError
+from gpubn.train.checkpoint import CheckpointError, atomic_write
 from gpubn.train.config import DTYPES, NORMALIZATIONS, RunConfig
 from gpubn.train.data import SPEC_FORMS, DataError
 from gpubn.train.optim import RULES
@@ -28,7 +29,7 @@ from gpubn.train.solver import NonFiniteLoss, NonFiniteParameters
 if TYPE_CHECKING:
     from types import FrameType
 
-DIVERGED = 1
+DIVERGED = BROKEN = 1
 USAGE = 2
 """Exit codes, beside 0. One that a signal stopped ends with 128 + its number, as in a shell."""
 
@@ -78,6 +79,7 @@ def _parser() -> _Parser:
         description="Show versions, the device that would be used and why, and all devices.",
     )
     info.set_defaults(function=_info)
+    _add_parity(commands)
     return parser
 
 
@@ -91,7 +93,7 @@ def _add_train(commands: Any) -> None:
         "resumed ends with the same weights.",
         argument_default=argparse.SUPPRESS,  # so that a flag that is there was given
     )
-    default = RunConfig()
+    default = RunConfig(reproducible=False)  # whatever the environment says
 
     def add(group: Any, flag: str, what: str, **arguments: Any) -> None:
         value = getattr(default, flag.strip("-").replace("-", "_"))
@@ -119,6 +121,12 @@ def _add_train(commands: Any) -> None:
     add(training, "--batch-size", "samples of a step", type=int, metavar="N")
     add(training, "--epochs", "passes over the training set", type=int, metavar="N")
     add(training, "--seed", "of weights, masks and batches", type=int, metavar="N")
+    training.add_argument(
+        "--reproducible",
+        action=argparse.BooleanOptionalAction,
+        help="matrix products with the same bits on every device, so that the weights have; prints "
+        f"their SHA-256 (default: {backend.REPRODUCIBLE_VARIABLE}, else no)",
+    )
     _add_device(training)
 
     run = parser.add_argument_group("run")
@@ -142,6 +150,34 @@ def _add_device(group: Any) -> None:
         help=f"auto, cpu, cuda or cuda:N (default: {backend.ENVIRONMENT_VARIABLE}, else auto: "
         "CUDA where it works)",
     )
+
+
+def _add_parity(commands: Any) -> None:
+    parser = commands.add_parser(
+        "parity",
+        help="prove that all devices give the same bits",
+        description="Run every operation on every device, with several numbers of threads and "
+        "compiled for two instruction sets, on shapes and values that are hard for it. Compare all "
+        "results bit for bit, and with float64.",
+        epilog="Minutes, or seconds with --quick, once kernels are compiled. Exit code 0: the same "
+        "bits everywhere; 1: not, and the table says where.",
+    )
+    parser.add_argument(
+        "--op",
+        action="append",
+        metavar="OP",
+        help="only this operation; may be given several times (default: all; a wrong name lists "
+        "them)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="only case N of each --op; beyond the grid's cases, one drawn at random",
+    )
+    parser.add_argument("--quick", action="store_true", help="only the first shapes of the grid")
+    parser.add_argument("--json", metavar="FILE", help="write all that is found to a file, too")
+    parser.set_defaults(function=_parity)
 
 
 # --- gpubn train ----------------------------------------------------------------------------------
@@ -198,6 +234,8 @@ def _conclude(run: runs.Run, signum: int | None) -> int:
         _say(f"{best}; the data have no test set")
     else:
         _say(f"{best}\ntest accuracy {run.test.accuracy:.2%} on {run.test.count:,} images")
+    if run.net.reproducible:
+        _say(f"weights SHA-256 {run.net.sha256()}")
     _say(f"wrote {', '.join(runs.FILES)}\n  to {run.folder}; see gpubn evaluate {run.folder}")
     return 0
 
@@ -393,14 +431,10 @@ def _info(arguments: argparse.Namespace) -> int:
     from gpubn.kernels import threads
 
     _silence_fallback(None)
-    _say(f"gpubn    {gpubn.__version__}")
-    _say(f"Python   {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for title, names in (
-        ("NumPy", ("numpy",)),
-        ("Numba", ("numba",)),
-        ("CuPy", ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")),
-    ):
-        _say(f"{title:8} {_version(names)}")
+    versions = _versions()
+    versions["Python"] += f" on {platform.system()} {platform.machine()}"
+    for title, version in versions.items():
+        _say(f"{title:8} {version}")
     try:
         device = backend.current()
         _say(f"device   {device.name} ({device.reason})")
@@ -420,6 +454,18 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _versions() -> dict[str, str]:
+    import platform
+
+    return {
+        "gpubn": gpubn.__version__,
+        "Python": platform.python_version(),
+        "NumPy": _version(("numpy",)),
+        "Numba": _version(("numba",)),
+        "CuPy": _version(("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy")),
+    }
+
+
 def _version(distributions: tuple[str, ...]) -> str:
     from importlib import metadata
 
@@ -427,6 +473,72 @@ def _version(distributions: tuple[str, ...]) -> str:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return f"{metadata.version(name)}{'' if len(distributions) == 1 else f' ({name})'}"
     return "not installed"
+
+
+# --- gpubn parity ---------------------------------------------------------------------------------
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from gpubn.testing import parity
+
+    _check_json(arguments.json)
+    with _usage():
+        plan = parity.Plan.of(arguments.op, arguments.seed, quick=arguments.quick)
+    _check_threads()
+    with parity.Contestants(plan.seeds) as contestants:
+        environment = parity.environment(contestants, _versions())
+        for line in (*parity.header(environment, plan), *parity.table_head()):
+            _say(line)
+        with _CaseBar(plan.count) as bar:
+            rows = parity.run(
+                plan, contestants, bar.case, lambda row: bar.say(parity.table_row(row))
+            )
+    for line in parity.verdict(environment, rows):
+        _say(line)
+    if arguments.json is not None:
+        atomic_write(arguments.json, parity.as_json(environment, rows))
+    return 0 if all(row.same for row in rows) else BROKEN
+
+
+def _check_json(path: str | None) -> None:
+    """Look at the file's name now, not after minutes."""
+    if path is None:
+        return
+    if path in ("", "-"):
+        raise UsageError(f"--json is {path!r}, expected a file")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise UsageError(f"--json is {path}, and there is no folder {folder}")
+    if os.path.isdir(path):
+        raise UsageError(f"--json is {path}, a folder, expected a file")
+
+
+class _CaseBar:
+    """A bar on a terminal, if tqdm is there to draw it; the lines of a table pass above it."""
+
+    def __init__(self, total: int) -> None:
+        drawn = _terminal() and importlib.util.find_spec("tqdm") is not None
+        self._bar = _bar(0, total) if drawn else None
+
+    def case(self, op: str) -> None:
+        """Count a case."""
+        if self._bar is not None:
+            self._bar.set_description_str(op, refresh=False)
+            self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self._bar is not None:
+            self._bar.clear()
+        _say(line)
+
+    def __enter__(self) -> _CaseBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.leave = False
+            self._bar.close()
 
 
 # --- All commands ---------------------------------------------------------------------------------
@@ -480,7 +592,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0, 1 where training diverged, 2 for bad usage or data, 128 + N after signal N.
+        0, 1 where training diverged or bits differ, 2 for bad usage or data, 128 + N after
+        signal N.
     """
     try:
         # In a context of its own, so that the device that it chooses is not the caller's.

@@ -1,0 +1,459 @@
+"""``gpubn parity``: what it prints and writes, its exit codes, and how it tells of failures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import host_cuda
+
+from gpubn import backend, cli
+from gpubn.backend import is_cuda
+from gpubn.kernels import threads
+from gpubn.testing.parity import Plan, cases, contestants
+from gpubn.testing.parity.comparison import RANDOM, distance
+from gpubn.testing.parity.operations import OPERATIONS
+
+TIMEOUT = 180
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups as on POSIX")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests write to a folder of their own, and see no GPU but the stand-in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backend, "_probes", {0: backend.Probe(False, "no GPU in this test")})
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process for another instruction set: it takes seconds to start."""
+    monkeypatch.setattr(contestants, "other_instruction_sets", dict)
+
+
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let an operation of this process compute ReLU in another way."""
+
+    def replaced(run: Callable[..., Any], op: str = "relu") -> None:
+        monkeypatch.setitem(OPERATIONS, op, replace(OPERATIONS["relu"], name=op, run=run))
+
+    return replaced
+
+
+def parity(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:
+    code = cli.main(["parity", *shlex.split(line)])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return code, out
+
+
+def row(out: str, op: str) -> str:
+    (line,) = re.findall(rf"^{op} .*", out, re.MULTILINE)
+    return line
+
+
+def written(path: str = "out.json") -> Any:
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+# --- What is the same -----------------------------------------------------------------------------
+
+
+def test_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    before = threads.get_num_threads(), threads.WORTH_SPLITTING
+    code, out = parity(capsys, "--quick --op relu --op column-sum --json out.json")
+    assert code == 0
+    assert "CUDA     cannot be used: no GPU in this test" in out
+    assert "threads  1, 2, 4" in out
+    assert "\ncases    260; " in out
+    assert re.search(r"^relu +120 +0  0 of 0 ", out, re.MULTILINE)
+    assert re.search(r"^column-sum +140 +0  [\d.]+ of 3 ", out, re.MULTILINE)
+    assert "the same bits everywhere, all within their bounds of float64\n" in out
+    assert out.endswith("\nno CUDA device took part\n")
+    assert (threads.get_num_threads(), threads.WORTH_SPLITTING) == before
+
+    content = written()
+    assert content["same"] is True
+    sets = [f", {name}" for name in contestants.other_instruction_sets()]
+    expected = [
+        *(f"cpu, {n}" for n in ("1 thread", "2 threads", "4 threads")),
+        *map("cpu{}".format, sets),
+    ]
+    assert content["environment"]["contestants"] == expected
+    relu, column_sum = content["operations"]
+    assert (relu["op"], relu["cases"], relu["failures"]) == ("relu", 120, [])
+    assert relu["results"] == 120 * 2 * (len(expected) - 1)
+    assert relu["apart"]["distance"] == 0
+    assert column_sum["from float64"]["bound"] == 3
+
+
+def test_with_a_second_device(capsys: pytest.CaptureFixture[str], alone: None) -> None:
+    with host_cuda():
+        code, out = parity(capsys, "--quick --op relu --op dropout --json out.json")
+    assert code == 0
+    assert "cuda:0 (host stand-in)" in out
+    assert "cannot be used" not in out
+    assert "no CUDA" not in out
+    assert "cuda:0" in written()["environment"]["contestants"]
+    assert written()["operations"][0]["results"] == 120 * 2 * 3
+
+
+def test_as_a_process() -> None:
+    command = [sys.executable, "-m", "gpubn", "parity", "--op", "sgd", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^sgd +1 +0  -$", done.stdout, re.MULTILINE)
+
+
+def test_a_seed_is_a_case_of_the_grid(capsys: pytest.CaptureFixture[str], alone: None) -> None:
+    parity(capsys, "--quick --op batchnorm --json all.json")
+    worst = written("all.json")["operations"][0]["from float64"]
+    assert worst["command"] == f"gpubn parity --op batchnorm --seed {worst['seed']}"
+    code, out = parity(capsys, f"--op batchnorm --seed {worst['seed']} --json one.json")
+    assert code == 0
+    one = written("one.json")["operations"][0]
+    assert one["cases"] == 1
+    assert one["from float64"] == worst
+    assert f"seed {worst['seed']}: {worst['result']}" in row(out, "batchnorm")
+
+
+def test_seeds_beyond_the_grid(capsys: pytest.CaptureFixture[str], alone: None) -> None:
+    beyond = len(OPERATIONS["relu"].shapes.grid())
+    for _ in range(2):
+        code, _ = parity(capsys, f"--op relu --seed {beyond + 10**12} --json {_}.json")
+        assert code == 0
+    assert written("0.json") == written("1.json")
+
+
+# --- What is not ----------------------------------------------------------------------------------
+
+
+def test_bits_that_depend_on_the_threads(
+    capsys: pytest.CaptureFixture[str], alone: None, replaced: Callable[..., None]
+) -> None:
+    def run(x: Any, dout: Any) -> dict[str, Any]:
+        up = x.dtype.type(threads.get_num_threads() == 4)
+        return {"out": np.nextafter(x, x + up), "dx": dout}
+
+    replaced(run, "threaded")
+    code, out = parity(capsys, "--op threaded --op relu --quick --json out.json")
+    assert code == 1
+    assert re.search(r"^threaded +120 +1 .*BROKEN .*: out of cpu, 4 threads$", out, re.MULTILINE)
+    assert "the contract is BROKEN by threaded. To see the worst cases again:" in out
+    failures = written()["operations"][0]["failures"]
+    differed = [each for each in failures if each["contestant"] != "float64 reference"]
+    assert {each["contestant"] for each in differed} == {"cpu, 4 threads"}
+    assert {each["distance"] for each in differed} == {1}
+    assert written()["same"] is False
+    assert written()["operations"][1]["failures"] == []
+    # The command that is printed shows the failure again.
+    (command,) = re.findall(r"^  gpubn (parity --op threaded --seed \d+)$", out, re.MULTILINE)
+    assert cli.main(shlex.split(command)) == 1
+
+
+def test_the_same_but_wrong(
+    capsys: pytest.CaptureFixture[str], alone: None, replaced: Callable[..., None]
+) -> None:
+    replaced(lambda x, dout: {"out": x, "dx": np.where(x > 0, dout, 0)})
+    code, out = parity(capsys, "--op relu --quick --json out.json")
+    assert code == 1
+    assert re.search(r"^relu +120 +0  \S+ of 0 +BROKEN .*: out$", out, re.MULTILINE)
+    failures = written()["operations"][0]["failures"]
+    assert {each["contestant"] for each in failures} == {"float64 reference"}
+
+
+def test_a_result_of_another_shape_or_name(
+    capsys: pytest.CaptureFixture[str], alone: None, replaced: Callable[..., None]
+) -> None:
+    def run(x: Any, dout: Any) -> dict[str, Any]:
+        name = "more" if threads.get_num_threads() == 2 else "dx"
+        return {"out": np.maximum(x, 0), "dx": np.where(x > 0, dout, 0), name: x}
+
+    replaced(run, "odd")
+    code, out = parity(capsys, "--op odd --seed 0 --json out.json")
+    assert code == 1
+    assert re.search(r"^odd +1 +inf ", out, re.MULTILINE)
+    infinite = [f for f in written()["operations"][0]["failures"] if f["distance"] == "inf"]
+    assert "more" in {each["result"] for each in infinite}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (np.float32([1, np.nan]), np.float32([1, -np.nan]), 0),
+        (np.float32([1, np.nan]), np.float32([1, 1]), np.inf),
+        (np.float64([0.0]), np.float64([-0.0]), 1),
+        (np.float32(1), np.nextafter(np.float32(1), np.float32(2)), 1),
+        (np.float32([1]), np.float64([1]), np.inf),
+        (np.float32([1]), np.float32([[1]]), np.inf),
+        (np.array(3), np.array(3), 0),
+        (np.array(3), np.array(4), np.inf),
+        (np.float32([]), np.float32([]), 0),
+        (np.float32([1]), None, np.inf),
+    ],
+)
+def test_distance(a: Any, b: Any, expected: float) -> None:
+    assert distance(np.asarray(a), b if b is None else np.asarray(b)) == expected
+
+
+# --- What cannot be computed ----------------------------------------------------------------------
+
+
+def dead(code: str) -> Callable[[], list[str]]:
+    return lambda: [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import sys; print('first\\nno compiler', file=sys.stderr); sys.exit(3)", "no compiler"),
+        ("", "nothing on its standard error"),
+        ("print('what is this?')", "exit code 0"),
+        (
+            """print('{"op": "relu", "seed": 0, "results": [{"name": "out", "shape": [1000], """
+            """"dtype": "<f4"}]}')""",
+            "exit code 0",
+        ),
+        ("""print('{"op": "relu", "seed": 7, "results": []}')""", "another case: relu, seed 7"),
+    ],
+)
+def test_a_child_that_dies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, code: str, expected: str
+) -> None:
+    monkeypatch.setattr(contestants, "other_instruction_sets", lambda: {"generic": "plain"})
+    monkeypatch.setattr(contestants, "_command", dead(code))
+    exit_code, out = parity(capsys, "--quick --op relu --op sgd --json out.json")
+    assert exit_code == 1
+    assert "ERROR cpu, generic, seed 0" in row(out, "relu")
+    assert "ERROR: cpu, generic failed in gpubn parity --op relu --seed 0: its process" in out
+    assert expected in out
+    relu, sgd = written()["operations"]
+    assert written()["same"] is False
+    assert relu["errors"][0]["contestant"] == "cpu, generic"
+    assert expected in relu["errors"][0]["reason"]
+    assert relu["results"] == sgd["results"] * 2 == 120 * 2 * 2  # the others went on
+    assert sgd["errors"] == []
+
+
+def test_a_device_that_fails_in_one_operation(
+    capsys: pytest.CaptureFixture[str], alone: None, replaced: Callable[..., None]
+) -> None:
+    relu = OPERATIONS["relu"].run
+
+    def run(x: Any, dout: Any) -> Any:
+        if is_cuda(x) and x.size == 7:
+            raise RuntimeError("out of registers")
+        return relu(x=x, dout=dout)
+
+    replaced(run, "failing")
+    with host_cuda():
+        code, out = parity(capsys, "--quick --op failing --op relu --json out.json")
+    assert code == 1
+    first = OPERATIONS["relu"].shapes.grid().index(((7,), "float32", "ordinary"))
+    assert f"ERROR cuda:0, seed {first}" in row(out, "failing")
+    assert out.count("out of registers") == 1  # not once for every case
+    failing, whole = written()["operations"]
+    assert failing["results"] == 120 * 2 * 2 + first * 2
+    assert whole["results"] == 120 * 2 * 3
+
+
+# --- Another instruction set ----------------------------------------------------------------------
+
+
+def test_the_child_compiles_for_its_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+avx2")  # of this process, not the child's
+    code = "from numba.core.registry import cpu_target; t = cpu_target.target_context.codegen()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(t.magic_tuple()[1:])"],
+        env=contestants._environment("generic", str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    assert done.stdout.strip() == "('generic', '')"
+
+
+def test_the_childs_code_is_kept_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
+    assert contestants._cache_folder("generic") == str(tmp_path / "numba" / "gpubn-generic")
+    assert (tmp_path / "numba" / "gpubn-generic").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+    assert contestants._cache_folder("generic") is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [("x86_64", ["generic"]), ("AMD64", ["generic"]), ("aarch64", ["generic"]), ("riscv64", [])],
+)
+def test_architectures(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    expected: list[str],
+) -> None:
+    monkeypatch.setattr(contestants.platform, "machine", lambda: machine)
+    assert list(contestants.other_instruction_sets()) == expected
+    monkeypatch.setattr(contestants, "own_instruction_set", lambda: "generic")
+    assert contestants.other_instruction_sets() == {}
+    code, out = parity(capsys, "--op relu --seed 0")
+    assert code == 0
+    assert "compiled for generic (this process), no other to compare with here" in out
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--op relux", f"op is 'relux', expected one of {', '.join(OPERATIONS)}"),
+        ("--op relu --op relux", "op is 'relux'"),
+        ("--seed 3", "seed is 3 without an operation, expected --op OP beside it"),
+        ("--op relu --seed -1", "seed is -1, expected the number of a case, at least 0"),
+        ("--op relu --seed 1.5", "invalid int value: '1.5'"),
+        ("--op relu --seed 3 --quick", "quick is set beside a seed, expected one of the two"),
+        ("--json ''", "--json is '', expected a file"),
+        ("--json -", "--json is '-', expected a file"),
+        ("--json no/such/file", "--json is no/such/file, and there is no folder no/such"),
+        ("--json .", "--json is ., a folder, expected a file"),
+    ],
+)
+def test_bad_usage(capsys: pytest.CaptureFixture[str], line: str, expected: str) -> None:
+    assert cli.main(["parity", *shlex.split(line)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("gpubn: error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_an_operation_given_twice_runs_once(
+    capsys: pytest.CaptureFixture[str], alone: None
+) -> None:
+    _, out = parity(capsys, "--op relu --op relu --seed 0")
+    assert "\ncases    1; " in out
+
+
+def test_a_bar_where_tqdm_draws_one(
+    capfd: pytest.CaptureFixture[str], alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_terminal", lambda: True)
+    monkeypatch.setattr(cli.os, "get_terminal_size", lambda fd: os.terminal_size((100, 30)))
+    assert cli.main(["parity", "--quick", "--op", "relu"]) == 0
+    out, err = capfd.readouterr()
+    assert row(out, "relu")
+    assert "relu" in err
+    assert "0/120" in err
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["parity", "--op", "relu", "--seed", "0"]) == 0
+    assert capfd.readouterr().err == ""
+
+
+@posix
+def test_ctrl_c_ends_the_children_too() -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-u", "-m", "gpubn", "parity"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        assert run.stdout is not None
+        # The head of the table is printed when the children have been started.
+        assert any(line.startswith(b"op ") for line in run.stdout)
+        os.kill(run.pid, signal.SIGINT)
+        _, err = run.communicate(timeout=TIMEOUT)
+        assert (run.returncode, err) == (128 + signal.SIGINT, b"gpubn: stopped\n")
+        with pytest.raises(ProcessLookupError):  # no one is left in the group
+            os.killpg(run.pid, 0)
+    finally:
+        with_no_one_left(run)
+
+
+def with_no_one_left(run: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+
+
+# --- Cases ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=OPERATIONS)
+def op(request: pytest.FixtureRequest) -> Iterator[str]:
+    return request.param
+
+
+def test_quick_cases_are_the_grids_first(op: str) -> None:
+    shapes = OPERATIONS[op].shapes
+    quick, full = shapes.grid(quick=True), shapes.grid()
+    assert full[: len(quick)] == quick
+    assert len(set(full)) == len(full)
+    assert Plan.of([op], quick=True).seeds == {op: range(len(quick))}
+    assert Plan.of([op]).seeds == {op: range(len(full) + RANDOM)}
+    assert {dtype for _, dtype, _ in quick} == set(cases.DTYPES)
+    assert {kind for _, _, kind in quick} == set(cases.KINDS)
+    # Some are large enough to be split among threads as in use.
+    assert any(np.prod(shape) >= 3 * threads.WORTH_SPLITTING for shape, _, _ in full)
+
+
+def test_a_case_is_the_same_whenever_it_is_drawn(op: str) -> None:
+    operation = OPERATIONS[op]
+    for seed in (0, 3, 10**6):
+        case = operation.case(seed)
+        assert operation.case(seed) == case
+        a, b = operation.draw(case), operation.draw(case)
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            np.testing.assert_array_equal(value, b[name])
+
+
+def test_operations_draw_different_numbers() -> None:
+    drawn = [OPERATIONS[op].draw(OPERATIONS[op].case(0))["w"] for op in ("sgd", "adam")]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_kinds_are_what_they_say(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    with np.errstate(all="ignore"):
+        x = {kind: cases.values(kind, (30, 40), dtype, rng) for kind in cases.KINDS}
+        squares, square = np.square(x["near 1e30"]), np.square(x["outlier"].max())
+    assert all(array.dtype == dtype and array.shape == (30, 40) for array in x.values())
+    assert np.isinf(squares).mean() > 0.9
+    assert np.isfinite(x["near 1e30"]).all()
+    assert np.abs(x["subnormal"]).max() < np.finfo(dtype).tiny
+    assert np.count_nonzero(x["subnormal"]) == 1200
+    zeros = x["signed zeros"][x["signed zeros"] == 0]
+    assert 0.4 < np.signbit(zeros).mean() < 0.6
+    assert np.isnan(x["NaN"]).any()
+    assert np.isinf(x["infinities"]).any()
+    assert np.unique(x["constant"]).size == 1
+    assert np.isinf(square)
+
+
+def test_every_operation_of_the_layers_and_rules_is_there() -> None:
+    from gpubn import layers
+    from gpubn.train.optim import RULES
+
+    names = {name.removesuffix("_forward") for name in layers.__all__ if "backward" not in name}
+    names = {name.replace("_", "-") for name in names}
+    assert names - set(OPERATIONS) <= {"affine", "affine-relu", "affine-bn-relu"}
+    assert set(RULES) <= set(OPERATIONS)

@@ -414,6 +414,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _say(f"device   {device.name} ({device.reason})")
     which = "test set" if result.split == "test" else "validation set (there is no test set)"
     _say(f"data     {result.data}: {which}, {result.count:,} images")
+    _say(f"weights  SHA-256 {result.sha256}")
     _say(f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f}")
     if len(result.class_counts) <= 20:
         _say("class    right of images")

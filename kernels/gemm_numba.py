@@ -27,7 +27,7 @@ def matmul(a: Array, b: Array) -> Array:
     out = np.zeros((rows, columns), a.dtype)  # where the chains start
     left, right, result = _strided(a), _strided(b), _strided(out)
     width = VECTOR_BYTES // a.itemsize
-    if _cost(columns, rows, a.T, width) < _cost(rows, columns, b, width):
+    if _cost(b.T, a.T, out.T) < _cost(a, b, out):
         left, right, result = _strided(b.T), _strided(a.T), _strided(out.T)
         rows, columns = columns, rows
     arrays = (*left, *right, *result)
@@ -59,13 +59,17 @@ def add_bias(x: Array, b: Array) -> None:
     split(lambda i, j: _add_bias(x, b, i, j), x.shape[0], x.size)
 
 
-def _cost(rows: int, columns: int, right: Array, width: int) -> float:
-    """Estimate the cost of a product whose panels are cut from ``right (K, columns)``, for each k.
+def _cost(a: Array, b: Array, out: Array) -> float:
+    """Estimate the cost of ``out = a @ b`` with panels cut from ``b``, in vector operations.
 
-    In vector operations: multiply-adds of tiles that may reach over the edge, then the copies.
+    Multiply-adds, of tiles that may reach over the edge; copies into panels; stores. What lies
+    across the vectors is copied element by element.
     """
+    (rows, depth), columns = a.shape, b.shape[1]
+    width = VECTOR_BYTES // a.itemsize
     padded = -(-rows // TILE_ROWS) * TILE_ROWS * -(-columns // width)
-    return padded + columns * (1.5 if right.strides[0] < right.strides[1] else 2 / width)
+    copied, stored = (1 if array.strides[1] > a.itemsize else 1 / width for array in (b, out))
+    return padded * depth + 2 * copied * depth * columns + 2 * stored * rows * columns
 
 
 @compiled
@@ -103,7 +107,7 @@ def _multiply(
 ) -> None:
     """Go on with the chains of some rows and columns of ``out``, by all of k."""
     panel = np.zeros((DEPTH, width), a.dtype)  # some columns of b, padded with zeros
-    tile = np.zeros((TILE_ROWS, width), a.dtype)
+    tile = np.zeros(TILE_ROWS * width, a.dtype)  # for what is no whole tile of out
     for column in range(first_column, last_column, width):
         columns = min(width, last_column - column)
         for k in range(0, depth, DEPTH):
@@ -113,12 +117,16 @@ def _multiply(
                 _copy(b, start, b_column, panel[i], 0, 1, columns)
             for row in range(first_row, last_row, TILE_ROWS):
                 rows = min(TILE_ROWS, last_row - row)
+                left = row * a_row + k * a_k
                 start = row * out_row + column * out_column
+                if out_column == 1 and columns == width and rows == TILE_ROWS:
+                    _multiply_tile(a, left, a_row, a_k, rows, panel, steps, out, start, out_row)
+                    continue
                 for i in range(rows):
-                    _copy(out, start + i * out_row, out_column, tile[i], 0, 1, columns)
-                _multiply_tile(a, row * a_row + k * a_k, a_row, a_k, rows, panel, steps, tile)
+                    _copy(out, start + i * out_row, out_column, tile, i * width, 1, columns)
+                _multiply_tile(a, left, a_row, a_k, rows, panel, steps, tile, 0, width)
                 for i in range(rows):
-                    _copy(tile[i], 0, 1, out, start + i * out_row, out_column, columns)
+                    _copy(tile, i * width, 1, out, start + i * out_row, out_column, columns)
 
 
 @compiled
@@ -142,20 +150,23 @@ def _multiply_tile(
     rows: Any,
     panel: Any,
     steps: Any,
-    tile: Any,
+    sums: Any,
+    sums_start: Any,
+    sums_row: Any,
 ) -> Any:
-    """For k ascending: ``tile[i] = fma(a[start + i * a_row + k * a_k], panel[k], tile[i])``.
+    """For k ascending: ``sums[i] = fma(a[start + i * a_row + k * a_k], panel[k], sums[i])``.
 
-    Of the tile's rows only the first ``rows`` count; the others repeat the last of them. In LLVM's
-    language, since Numba cannot be told to keep an array of vectors in registers.
+    ``sums[i]`` is a vector at ``sums_start + i * sums_row``. Of its rows only the first ``rows``
+    count; the others repeat the last of them. In LLVM's language, since Numba cannot be told to
+    keep an array of vectors in registers.
     """
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        a, panel, tile = (
+        a, panel, sums = (
             context.make_array(signature.args[i])(context, builder, values[i]).data
             for i in (0, 5, 7)
         )
-        _, start, a_row, a_k, rows, _, steps, _ = values
+        _, start, a_row, a_k, rows, _, steps, _, sums_start, sums_row = values
         real = a.type.pointee
         size = context.get_abi_sizeof(real)
         lanes = VECTOR_BYTES // size
@@ -165,28 +176,31 @@ def _multiply_tile(
         fma = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f{size * 8}"
         )
-        panel, tile = (builder.bitcast(p, vector.as_pointer()) for p in (panel, tile))
+        panel = builder.bitcast(panel, vector.as_pointer())
 
         last = builder.sub(rows, rows.type(1))
-        lefts, sums = [], []
+        lefts, targets, registers = [], [], []
         for i in range(TILE_ROWS):
             row = rows.type(i)
             row = builder.select(builder.icmp_signed("<", row, last), row, last)
             at = builder.add(start, builder.mul(row, a_row))
             lefts.append(builder.gep(a, [at]))
-            held = builder.load(builder.gep(tile, [rows.type(i)]), align=size)
-            sums.append(cgutils.alloca_once_value(builder, held))
+            at = builder.add(sums_start, builder.mul(rows.type(i), sums_row))
+            targets.append(builder.bitcast(builder.gep(sums, [at]), vector.as_pointer()))
+            held = builder.load(targets[i], align=size)
+            registers.append(cgutils.alloca_once_value(builder, held))
         with cgutils.for_range(builder, steps) as loop:
             right = builder.load(builder.gep(panel, [loop.index]), align=size)
             step = builder.mul(loop.index, a_k)
-            for left, held in zip(lefts, sums, strict=True):
+            for left, held in zip(lefts, registers, strict=True):
                 value = builder.load(builder.gep(left, [step]), align=size)
                 value = builder.insert_element(undefined, value, ir.IntType(32)(0))
                 value = builder.shuffle_vector(value, undefined, splat)
                 builder.store(builder.call(fma, [value, right, builder.load(held)]), held)
-        for i, held in enumerate(sums):
-            builder.store(builder.load(held), builder.gep(tile, [rows.type(i)]), align=size)
+        for target, held in zip(targets, registers, strict=True):
+            builder.store(builder.load(held), target, align=size)
         return context.get_dummy_value()
 
     index = types.intp
-    return types.void(a, index, index, index, index, panel, index, tile), generate
+    signature = types.void(a, index, index, index, index, panel, index, sums, index, index)
+    return signature, generate

@@ -104,6 +104,8 @@ class Evaluation:
         Images of each class.
     class_right : tuple of int
         Those of them that were recognised.
+    sha256 : str
+        Of the network's weights: ``FullyConnectedNet.sha256``.
     """
 
     data: str
@@ -113,6 +115,7 @@ class Evaluation:
     loss: float
     class_counts: tuple[int, ...]
     class_right: tuple[int, ...]
+    sha256: str
 
 
 class Run:
@@ -622,7 +625,7 @@ def _evaluate(
             labels = y[at : at + batch_size]
             loss, _ = softmax_loss(scores, net.device.asarray(labels))
             losses.append(float(loss) * len(labels))
-            predictions.append(backend.to_host(scores.argmax(axis=1)))
+            predictions.append(backend.to_host(scores).argmax(axis=1))
     right = np.concatenate(predictions) == y
     return Evaluation(
         data,
@@ -632,6 +635,7 @@ def _evaluate(
         math.fsum(losses) / len(y),
         tuple(np.bincount(y, minlength=net.num_classes).tolist()),
         tuple(np.bincount(y[right], minlength=net.num_classes).tolist()),
+        net.sha256(),
     )
 
 

@@ -1,0 +1,148 @@
+"""``python -m benchmarks.reproducible``: what reproducible matrix products cost.
+
+Each is timed in turns with the default, which is the device's BLAS: the three products of a layer,
+and whole training steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gpubn
+from benchmarks.harness import environment, time_once, write_csv
+from gpubn.backend import Device, to_host
+from gpubn.kernels import for_array
+
+PRODUCTS = ((1024, 1024, 1024), (200, 3072, 100), (50, 784, 512), (50, 512, 256), (50, 256, 10))
+STEPS = {"digits": 64, "mnist": 784, "cifar10": 3072}  # values of a sample
+BATCH, HIDDEN = 50, (512, 256)  # as `gpubn train` has them
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One thing done in two ways, both ready to be timed."""
+
+    what: str
+    shape: str
+    dtype: str
+    default: Callable[[], Any]
+    reproducible: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result; times are medians in microseconds, the ratio is the median of turns' ratios."""
+
+    what: str
+    shape: str
+    dtype: str
+    default_us: float
+    reproducible_us: float
+    ratio: float
+
+
+def products(device: Device, dtype: str) -> Iterator[Comparison]:
+    rng = np.random.default_rng(0)
+    for m, k, n in PRODUCTS:
+        x, w, dout = (
+            device.asarray(rng.standard_normal(shape).astype(dtype))
+            for shape in ((m, k), (k, n), (m, n))
+        )
+        for what, a, b in (("x @ w", x, w), ("x.T @ dout", x.T, dout), ("dout @ w.T", dout, w.T)):
+            matmul = for_array("gemm", a).matmul
+            expected = np.asarray(to_host(a), np.float64) @ np.asarray(to_host(b), np.float64)
+            np.testing.assert_allclose(to_host(matmul(a, b)), expected, rtol=0, atol=1e-2)
+            yield Comparison(
+                what,
+                f"{a.shape[0]} x {a.shape[1]} x {b.shape[1]}",
+                dtype,
+                lambda a=a, b=b: a @ b,
+                lambda a=a, b=b, matmul=matmul: matmul(a, b),
+            )
+
+
+def steps(device: Device, dtype: str) -> Iterator[Comparison]:
+    rng = np.random.default_rng(0)
+    for data, values in STEPS.items():
+        X = device.asarray(rng.standard_normal((20 * BATCH, values)).astype(dtype))
+        y = device.asarray(rng.integers(0, 10, len(X)))
+        solvers = []
+        for reproducible in (False, True):
+            net = gpubn.FullyConnectedNet(
+                HIDDEN, values, 10, 0.7, "batchnorm", 0.0, 0.05, dtype, seed=0,
+                reproducible=reproducible,
+            )  # fmt: skip
+            solvers.append(
+                gpubn.Solver(
+                    net, {"X_train": X, "y_train": y, "X_val": X, "y_val": y}, update_rule="adam",
+                    batch_size=BATCH, shuffle=True, seed=0, verbose=False,
+                )
+            )  # fmt: skip
+        default, reproducible = solvers
+        for _ in range(3):
+            default._step()
+            reproducible._step()
+        losses = [solver.loss_history for solver in solvers]
+        np.testing.assert_allclose(*losses, rtol=1e-2)
+        shape = f"batch {BATCH}, {'-'.join(map(str, (values, *HIDDEN, 10)))}"
+        yield Comparison(f"step on {data}", shape, dtype, default._step, reproducible._step)
+
+
+def measure(device: Device, comparison: Comparison, seconds: float) -> Row:
+    """Time both ways in turns for about ``seconds``."""
+    default, reproducible = [], []
+    for _ in range(5):
+        comparison.default(), comparison.reproducible()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(default) < 10:
+        default.append(time_once(device, comparison.default))
+        reproducible.append(time_once(device, comparison.reproducible))
+    ratio = statistics.median(b / a for a, b in zip(default, reproducible, strict=True))
+    return Row(
+        comparison.what,
+        comparison.shape,
+        comparison.dtype,
+        round(statistics.median(default) * 1e6, 1),
+        round(statistics.median(reproducible) * 1e6, 1),
+        round(ratio, 2),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproducible", description=__doc__)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    parser.add_argument("--quick", action="store_true", help="shorter runs")
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    options = parser.parse_args()
+
+    with gpubn.use(options.device) as device:
+        facts = environment(device)
+        for name, value in facts.items():
+            print(f"{name}: {value}")
+        print(f"{'what':<16} {'shape':<30} {'default µs':>11} {'reprod. µs':>11} {'ratio':>6}")
+        rows = []
+        for comparisons in (steps(device, options.dtype), products(device, options.dtype)):
+            for comparison in comparisons:
+                row = measure(device, comparison, 0.2 if options.quick else 2.0)
+                rows.append(row)
+                print(
+                    f"{row.what:<16} {row.shape:<30} {row.default_us:>11.1f} "
+                    f"{row.reproducible_us:>11.1f} {row.ratio:>6.2f}",
+                    flush=True,
+                )
+    if options.out:
+        write_csv(options.out, rows, facts)
+        print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

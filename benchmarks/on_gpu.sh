@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one go: the tests on CUDA, every bit compared with the CPU, a training run on each device,
-# and timings. Usage: benchmarks/on_gpu.sh FOLDER. Leaves logs and tables in FOLDER for benchmarks/results/.
+# All that needs a GPU, in one go: the tests on CUDA, every bit compared with the CPU, training to the same hash on each
+# device, and timings. Usage: benchmarks/on_gpu.sh FOLDER. Leaves logs and tables in FOLDER for benchmarks/results/.
 # Needs gpubn with its test extra, and CuPy; each step runs even if one before it failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,11 +17,29 @@ step() { # name, command...
 export PYTHONUNBUFFERED=1
 step info python3 -m gpubn info
 step tests python3 -m pytest -q -p no:cacheprovider --device cuda tests/layers tests/train
-step same-bits python3 -m pytest -q -p no:cacheprovider --device cuda tests/kernels/test_same_bits.py
-for device in cuda cpu; do
-    rm -rf "$out/run-$device"
-    step "train-$device" python3 -m gpubn train --device "$device" --out "$out/run-$device"
-done
+step same-bits python3 -m pytest -q -p no:cacheprovider --device cuda tests/kernels/test_same_bits.py \
+    tests/kernels/test_elementary.py
+step parity python3 -m gpubn parity --json "$out/parity.json"
+step exp-log python3 tests/kernels/exhaustive_exp_log.py --device cuda
+hashes() { # of three kinds of runs: the same on both devices
+    local device kind flags
+    for kind in batchnorm layernorm float64; do
+        case $kind in
+        batchnorm) flags="" ;;
+        layernorm) flags="--normalization layernorm --update-rule sgd_momentum --learning-rate 0.02" ;;
+        float64) flags="--dtype float64" ;;
+        esac
+        for device in cuda cpu; do
+            rm -rf "$out/run-$kind-$device"
+            # shellcheck disable=SC2086
+            python3 -m gpubn train --reproducible --epochs 5 --device $device --out "$out/run-$kind-$device" $flags ||
+                return 1
+        done | tee /dev/stderr | grep SHA-256 | sort -u | wc -l | grep -qx 1 || return 1
+    done
+}
+step hashes hashes
+step train-cuda python3 -m gpubn train --device cuda --out "$out/run-cuda"
 step bench-cuda python3 -m benchmarks --device cuda --out "$out/cuda.csv"
+step bench-reproducible python3 -m benchmarks.reproducible --device cuda --out "$out/cuda-reproducible.csv"
 step bench-cpu python3 -m benchmarks --device cpu --quick --out "$out/cpu.csv"
 exit $failed

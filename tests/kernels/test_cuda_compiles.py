@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import host_cuda
 from host_cuda import cupy_stand_in, nvrtc
+
+from gpubn.kernels.threads import get_num_threads
 
 KERNELS = Path(importlib.import_module("gpubn.kernels").__file__ or "").parent
 OPS = sorted(path.name.removesuffix("_cuda.py") for path in KERNELS.glob("*_cuda.py"))
@@ -95,8 +98,11 @@ def test_nothing_is_left_out() -> None:
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 @pytest.mark.parametrize("arch", ARCHES)
 def test_compiles_to_ieee_arithmetic(arch: str) -> None:
-    for source in used_sources():
-        for ptx, cubin in nvrtc.compile_source(source, arch):
+    sources = used_sources()
+    with ThreadPoolExecutor(get_num_threads()) as pool:
+        compiled = pool.map(lambda source: nvrtc.compile_source(source, arch), sources)
+    for source, results in zip(sources, compiled, strict=True):
+        for ptx, cubin in results:
             assert cubin
             name = source.name or re.findall(r"gpubn::(\w+)<", source.instances[0])[0]
             bad = re.findall(BAD if name in MAY_FUSE else f"{BAD}|{FUSED}", ptx)

@@ -1,5 +1,6 @@
 """The plugin in projects that use it, and in projects that do not."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,11 @@ from gpubn.backend import Probe
 
 pytest_plugins = ["pytester"]
 
-EXAMPLE = Path(__file__).with_name("gelu_example.py")
+README = Path(__file__).parents[2] / "README.md"
+(EXAMPLE,) = (
+    block for block in re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    if "def gelu_forward" in block
+)  # fmt: skip
 STRICT = ["-p", "no:cacheprovider", "-W", "error", "--strict-markers", "--strict-config"]
 
 
@@ -128,7 +133,7 @@ class TestTwoDevices:
         run(text).assert_outcomes(passed=6)
 
     def test_the_readmes_example(self, pytester):
-        pytester.makepyfile(test_gelu=EXAMPLE.read_text("utf-8"))
+        pytester.makepyfile(test_gelu=EXAMPLE)
         result = pytester.runpytest_inprocess(*STRICT)
         result.assert_outcomes(passed=5)
 
@@ -145,7 +150,7 @@ class TestTwoDevices:
         ],
     )
     def test_the_readmes_example_sees_what_is_wrong(self, pytester, right, wrong, failure):
-        text = EXAMPLE.read_text("utf-8")
+        text = EXAMPLE
         assert text.count(right) == 1
         pytester.makepyfile(test_gelu=text.replace(right, wrong))
         result = pytester.runpytest_inprocess(*STRICT)
@@ -180,7 +185,7 @@ class TestOneDevice:
         result.stdout.no_fnmatch_line("test_it.py::*")
 
     def test_the_readmes_example_warns(self, pytester):
-        pytester.makepyfile(test_gelu=EXAMPLE.read_text("utf-8"))
+        pytester.makepyfile(test_gelu=EXAMPLE)
         result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-W", "default")
         result.assert_outcomes(passed=3, warnings=1)
         result.stdout.fnmatch_lines(["*NoSecondDevice: gelu_forward ran on cpu only, no NVIDIA *"])

@@ -3,6 +3,8 @@
 The kernel is in gemm.cuh.
 """
 
+from functools import cache
+
 import cupy
 import numpy as np
 
@@ -30,7 +32,7 @@ def matmul(a: Array, b: Array) -> Array:
         return out
     a, a_transposed = _stored(a)
     b, b_transposed = _stored(b)
-    tile, per_thread = _tile(rows, columns, a.dtype)
+    tile, per_thread = _tile(rows, columns, a.dtype, _processors(a.device.id))
     form = (tile, per_thread, int(not a_transposed), int(b_transposed))
     multiply = kernel(_SOURCE, "matmul", a.dtype, *form)
     blocks = -(-rows // tile) * -(-columns // tile)
@@ -56,9 +58,13 @@ def _stored(a: Array) -> tuple[Array, bool]:
     return contiguous(a)[0], False
 
 
-def _tile(rows: int, columns: int, dtype: np.dtype) -> tuple[int, int]:
+@cache  # CuPy asks the driver for all attributes, which takes longer than a small product
+def _processors(device: int) -> int:
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+def _tile(rows: int, columns: int, dtype: np.dtype, processors: int) -> tuple[int, int]:
     """Choose the largest tile that gives every multiprocessor a block."""
-    processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
     for tile, per_thread in _tiles_for(dtype):
         if -(-rows // tile) * -(-columns // tile) >= processors:
             return tile, per_thread

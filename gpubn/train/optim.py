@@ -7,6 +7,7 @@ are left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -178,6 +179,25 @@ def update_in_place(
         states = [_state(config, name, w) for name in definition.state]
         config.update(zip(definition.state, states, strict=True))
         _step(definition, w, dw, states, config, w.size if decayed is None else decayed, w, states)
+
+
+def gradient_norm(grads: Mapping[str, Array]) -> float:
+    """Return the L2 norm of all gradients together, to watch or to scale by. Waits for the device.
+
+    Every array's sum of squares has the same bits on every device, and they are added in float64.
+
+    Raises
+    ------
+    ValueError, TypeError
+        The gradients are no dict of float32 or float64 arrays.
+    """
+    _check.mapping("grads", grads)
+    total = 0.0
+    for name, dw in grads.items():
+        _check.floating(f"grads[{name!r}]", dw)
+        with scope_of(dw):
+            total += float(for_array("l2", dw).sum_of_squares(dw))
+    return math.sqrt(total)
 
 
 def _new(rule: str, w: Array, dw: Array, config: Config | None) -> tuple[Array, Config]:

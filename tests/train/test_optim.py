@@ -388,3 +388,15 @@ def test_scalars_of_any_type_count_as_python_floats(device: Device) -> None:
     odd, config = optim.adam(w, w, {"beta1": Fraction(1, 2), "learning_rate": np.float32(0.125)})
     assert to_host(odd).tobytes() == to_host(plain).tobytes()
     assert type(config["beta1"]) is float
+
+
+def test_gradient_norm(device: Device, rng: np.random.Generator) -> None:
+    host = {name: rng.standard_normal(n).astype(np.float32) for name, n in (("W", 3001), ("b", 7))}
+    grads = {name: device.asarray(array) for name, array in host.items()}
+    expected = np.linalg.norm(np.concatenate(list(host.values())).astype(np.float64))
+    assert optim.gradient_norm(grads) == pytest.approx(expected, rel=1e-6)
+    assert optim.gradient_norm({}) == 0.0
+    with pytest.raises(TypeError, match=r"grads\['W'\] has dtype int64, expected float32"):
+        optim.gradient_norm({"W": device.asarray(np.arange(3))})
+    with pytest.raises(TypeError, match="grads is a ndarray, expected a dict"):
+        optim.gradient_norm(np.ones(3))

@@ -69,7 +69,7 @@ def _cost(a: Array, b: Array, out: Array) -> float:
     width = VECTOR_BYTES // a.itemsize
     padded = -(-rows // TILE_ROWS) * TILE_ROWS * -(-columns // width)
     copied, stored = (1 if array.strides[1] > a.itemsize else 1 / width for array in (b, out))
-    return padded * depth + 2 * copied * depth * columns + 2 * stored * rows * columns
+    return float(padded * depth + 2 * copied * depth * columns + 2 * stored * rows * columns)
 
 
 @compiled

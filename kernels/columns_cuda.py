@@ -9,6 +9,7 @@ from gpubn.kernels.compile_cuda import contiguous, kernel, source
 _SOURCE = source("real", "columns")
 # As in columns.cuh.
 _COLUMNS, _GROUPS, _LEAVES = 32, 8, 4
+LANES = 256  # of a row: as in rows.cuh
 _NODES = _GROUPS * _LEAVES  # leaves, or parts, that one block merges
 
 

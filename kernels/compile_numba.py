@@ -1,7 +1,10 @@
 """How the CPU kernels are compiled, and the one form of array that they are given."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -17,12 +20,25 @@ OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False}
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel at its first call, for the dtypes that it meets; kept on disk."""
-    kernel: Callable[..., Any]
+    kernel: Any
     try:
         kernel = numba.njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # Numba found no folder that it may write to: each process compiles anew
         kernel = numba.njit(**OPTIONS)(function)
-    return kernel
+    # Numba looks for changes in the function's own file only, and what it calls from other files is
+    # compiled into it. So what is on disk is stamped with all of the kernels' text.
+    index = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
+    if index is not None:
+        index._source_stamp = (index._source_stamp, _sources())
+    return cast(Callable[..., Any], kernel)
+
+
+@cache
+def _sources() -> str:
+    folder = files("gpubn.kernels")
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith("_numba.py"))
+    text = "".join((folder / name).read_text("utf-8") for name in names)
+    return sha256(text.encode()).hexdigest()
 
 
 @intrinsic

@@ -93,14 +93,17 @@ _DOUBLE = _Format(
 )
 
 
+_COMPILED_ONLY = "gpubn's exp and log need Numba's compiler; is NUMBA_DISABLE_JIT set?"
+
+
 def exp_of(x: Any) -> Any:
-    """Return exp of a float32 or float64, in compiled code; in Python, of nothing."""
-    raise NotImplementedError("for compiled code only")
+    """Return exp of a float32 or float64; for compiled code."""
+    raise NotImplementedError(_COMPILED_ONLY)
 
 
 def log_of(x: Any) -> Any:
-    """Return log of a float32 or float64, in compiled code; in Python, of nothing."""
-    raise NotImplementedError("for compiled code only")
+    """Return log of a float32 or float64; for compiled code."""
+    raise NotImplementedError(_COMPILED_ONLY)
 
 
 @overload(exp_of, jit_options=OPTIONS)

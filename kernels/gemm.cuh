@@ -10,33 +10,41 @@ namespace gpubn {
 const int SLAB = 16;  // values of k in shared memory at a time
 
 // One operand's way into shared memory. Its element (i, k), i a row of a or a column of b, lies at
-// i * depth + k where K_INNERMOST, else at k * extent + i.
+// i * depth + k where K_INNERMOST, else at k * extent + i. Neighbours in memory go to neighbouring threads.
 template <class T, int TILE, int THREADS, int K_INNERMOST>
 struct Operand {
     static const int LOADS = TILE * SLAB / THREADS;
-    const T* values;
-    long long extent, depth, first;  // first: the tile's first i
+    static const int I_STEP = K_INNERMOST ? THREADS / SLAB : 0;  // from one load to the next
+    static const int K_STEP = K_INNERMOST ? 0 : THREADS / TILE;
+    const T* at;  // the next slab's first load
+    long long i, k, extent, depth;
+    int shared_i, shared_k;
     T next[LOADS];
 
-    __device__ int i_of(int load) const {
-        int n = load * THREADS + (int)threadIdx.x;  // neighbours in memory go to neighbouring threads
-        return K_INNERMOST ? n / SLAB : n % TILE;
+    __device__ Operand(const T* values, long long extent_, long long depth_, long long first)
+        : extent(extent_), depth(depth_) {
+        int t = threadIdx.x;
+        shared_i = K_INNERMOST ? t / SLAB : t % TILE;
+        shared_k = K_INNERMOST ? t % SLAB : t / TILE;
+        i = first + shared_i;
+        k = shared_k;
+        at = values + (K_INNERMOST ? i * depth + k : k * extent + i);
     }
-    __device__ int k_of(int load) const {
-        int n = load * THREADS + (int)threadIdx.x;
-        return K_INNERMOST ? n % SLAB : n / TILE;
-    }
-    __device__ void fetch(long long slab) {
+    __device__ void fetch() {
+        const long long step = K_INNERMOST ? I_STEP * depth : K_STEP * extent;
+        const T* from = at;
 #pragma unroll
-        for (int load = 0; load < LOADS; load++) {
-            long long i = first + i_of(load), k = slab + k_of(load);
-            bool inside = i < extent && k < depth;
-            next[load] = inside ? values[K_INNERMOST ? i * depth + k : k * extent + i] : (T)0;
+        for (int load = 0; load < LOADS; load++, from += step) {
+            bool inside = i + load * I_STEP < extent && k + load * K_STEP < depth;
+            next[load] = inside ? *from : (T)0;
         }
+        at += K_INNERMOST ? SLAB : SLAB * extent;
+        k += SLAB;
     }
     __device__ void store(T (*shared)[TILE + 4]) const {
 #pragma unroll
-        for (int load = 0; load < LOADS; load++) shared[k_of(load)][i_of(load)] = next[load];
+        for (int load = 0; load < LOADS; load++)
+            shared[shared_k + load * K_STEP][shared_i + load * I_STEP] = next[load];
     }
 };
 
@@ -57,8 +65,8 @@ __global__ void matmul(const T* a, const T* b, T* out, long long rows, long long
     const int tx = threadIdx.x % ACROSS, ty = threadIdx.x / ACROSS;
     long long across = (columns + TILE - 1) / TILE;
     long long row = blockIdx.x / across * TILE, column = blockIdx.x % across * TILE;
-    Operand<T, TILE, THREADS, A_K_INNERMOST> from_a = {a, rows, depth, row};
-    Operand<T, TILE, THREADS, B_K_INNERMOST> from_b = {b, columns, depth, column};
+    Operand<T, TILE, THREADS, A_K_INNERMOST> from_a(a, rows, depth, row);
+    Operand<T, TILE, THREADS, B_K_INNERMOST> from_b(b, columns, depth, column);
 
     R sum[PER][PER] = {};
     auto multiply = [&](int buffer, int k) {
@@ -74,15 +82,15 @@ __global__ void matmul(const T* a, const T* b, T* out, long long rows, long long
             for (int j = 0; j < PER; j++) sum[i][j] = fma(u[i], v[j], sum[i][j]);
     };
 
-    from_a.fetch(0);
-    from_b.fetch(0);
+    from_a.fetch();
+    from_b.fetch();
     int buffer = 0;
     for (long long slab = 0; slab < depth; slab += SLAB, buffer = 1 - buffer) {
         from_a.store(left[buffer]);
         from_b.store(right[buffer]);
         __syncthreads();  // one is enough: nobody writes to this buffer before all have passed the next
-        from_a.fetch(slab + SLAB);
-        from_b.fetch(slab + SLAB);
+        from_a.fetch();
+        from_b.fetch();
         if (depth - slab >= SLAB) {
 #pragma unroll
             for (int k = 0; k < SLAB; k++) multiply(buffer, k);

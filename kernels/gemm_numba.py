@@ -106,7 +106,7 @@ def _multiply(
     width: int,
 ) -> None:
     """Go on with the chains of some rows and columns of ``out``, by all of k."""
-    panel = np.zeros((DEPTH, width), a.dtype)  # some columns of b, padded with zeros
+    panel = np.zeros((DEPTH, width), a.dtype)  # some columns of b; what is over does not count
     tile = np.zeros(TILE_ROWS * width, a.dtype)  # for what is no whole tile of out
     for column in range(first_column, last_column, width):
         columns = min(width, last_column - column)

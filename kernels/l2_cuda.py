@@ -3,11 +3,10 @@
 import cupy
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_cuda import column_sum
+from gpubn.kernels.columns_cuda import LANES, column_sum
 from gpubn.kernels.compile_cuda import contiguous, kernel, source
 
 _SOURCE = source("real", "columns", "rows", "l2")
-_LANES = 256  # as in rows.cuh
 
 _square = cupy.ElementwiseKernel(
     "T x",
@@ -29,11 +28,11 @@ _add_scaled = cupy.ElementwiseKernel(
 def sum_of_squares(x: Array) -> Array:
     """Return the sum of the squares of all elements, of no dimensions, in the row order."""
     (x,) = contiguous(x)
-    squares = cupy.zeros(-(-x.size // _LANES) * _LANES, x.dtype)
+    squares = cupy.zeros(-(-x.size // LANES) * LANES, x.dtype)
     _square(x.reshape(-1), squares[: x.size])
-    lanes = column_sum(squares.reshape(-1, _LANES))
+    lanes = column_sum(squares.reshape(-1, LANES))
     total = cupy.empty((), x.dtype)
-    kernel(_SOURCE, "halve_lanes", x.dtype)((1,), (_LANES,), (lanes, total))
+    kernel(_SOURCE, "halve_lanes", x.dtype)((1,), (LANES,), (lanes, total))
     return total
 
 

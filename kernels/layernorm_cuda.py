@@ -4,11 +4,10 @@ import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_cuda import gradient_sums
+from gpubn.kernels.columns_cuda import LANES, gradient_sums
 from gpubn.kernels.compile_cuda import contiguous, kernel, source
 
 _SOURCE = source("real", "columns", "rows", "layernorm")
-_LANES = 256  # as in rows.cuh
 
 
 def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array, Array]:
@@ -20,7 +19,7 @@ def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Arr
     square_scale = 0.5 ** (columns - 1).bit_length()
     scalars = (np.int64(columns), x.dtype.type(eps), x.dtype.type(square_scale))
     kernel(_SOURCE, "layernorm_forward", x.dtype)(
-        (rows,), (_LANES,), (x, gamma, beta, out, shift, mean, invstd, *scalars)
+        (rows,), (LANES,), (x, gamma, beta, out, shift, mean, invstd, *scalars)
     )
     return out, shift, mean, invstd
 
@@ -33,7 +32,7 @@ def backward_dx(
     dx = cupy.empty(x.shape, x.dtype)
     kernel(_SOURCE, "layernorm_backward_dx", x.dtype)(
         (x.shape[0],),
-        (_LANES,),
+        (LANES,),
         (dout, x, gamma, shift, mean, invstd, dx, np.int64(x.shape[1])),
     )
     return dx

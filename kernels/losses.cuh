@@ -54,8 +54,9 @@ __global__ void svm_loss(const T* x, const long long* labels, T* losses, T* dx, 
         return j == y || zero > m ? zero : m;  // a NaN stays one
     };
     R loss = row_sum<T>(columns, margin);
-    // A sum of ones is exact: a count.
-    R above = row_sum<T>(columns, [=](long long j) { return margin(j) > zero ? one : zero; });
+    // A sum of ones is exact: it counts.
+    auto is_above = [=](long long j) { return real<double>((double)(margin(j) > zero)); };
+    R above((long long)row_sum<double>(columns, is_above).v);
     if (threadIdx.x == 0) losses[row] = loss.v;
     for (long long j = threadIdx.x; j < columns; j += LANES)
         dx[j] = ((j == y ? zero - above : margin(j) > zero ? one : zero) / R(rows)).v;

@@ -7,11 +7,10 @@ import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_cuda import column_sum
+from gpubn.kernels.columns_cuda import LANES, column_sum
 from gpubn.kernels.compile_cuda import contiguous, kernel, source
 
 _SOURCE = source("real", "elementary", "columns", "rows", "losses")
-_LANES = 256  # as in rows.cuh
 
 _over_n = cupy.ElementwiseKernel(
     "T total, int64 rows",
@@ -51,6 +50,6 @@ def _mean_loss(name: str, x: Array, y: Array) -> tuple[Array, Array]:
     rows, columns = x.shape
     losses, dx = cupy.empty((rows, 1), x.dtype), cupy.empty(x.shape, x.dtype)
     kernel(_SOURCE, name, x.dtype)(
-        (rows,), (_LANES,), (x, y, losses, dx, np.int64(columns), np.int64(rows))
+        (rows,), (LANES,), (x, y, losses, dx, np.int64(columns), np.int64(rows))
     )
     return _over_n(column_sum(losses), rows).reshape(()), dx

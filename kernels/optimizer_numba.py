@@ -52,10 +52,11 @@ def adam(
     dw: Array,
     m: Array,
     v: Array,
-    t: int,
     lr: float,
     beta1: float,
     beta2: float,
+    correction1: float,
+    correction2: float,
     epsilon: float,
     weight_decay: float,
     decayed: int,
@@ -63,10 +64,13 @@ def adam(
     next_m: Array,
     next_v: Array,
 ) -> None:
-    """Write step ``t`` (from 1) of Adam; the first ``decayed`` elements also decay, decoupled."""
+    """Write a step of Adam; the first ``decayed`` elements also decay, decoupled.
+
+    The corrections are ``1 - beta1**t`` and ``1 - beta2**t`` of step t, counted from 1.
+    """
     arrays = _flat(w, dw, m, v, next_w, next_m, next_v)
-    first = (beta1, 1.0 - beta1, 1.0 - beta1**t)
-    second = (beta2, 1.0 - beta2, 1.0 - beta2**t)
+    first = (beta1, 1.0 - beta1, correction1)
+    second = (beta2, 1.0 - beta2, correction2)
     scalars = (*_scalars(w, lr, *first, *second, epsilon, weight_decay), decayed)
     split(lambda a, b: _adam(*arrays, *scalars, a, b), w.size, w.size)
 

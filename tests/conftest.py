@@ -43,7 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "not_host_run: too much work for CUDA kernels on the host; other devices do it"
     )
-    os.environ.pop("GPUBN_DEVICE", None)
+    for name in ("GPUBN_DEVICE", "GPUBN_REPRODUCIBLE"):
+        os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

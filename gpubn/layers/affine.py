@@ -57,9 +57,9 @@ def affine_forward(
     _check.like("w", w, (math.prod(x.shape[1:]), w.shape[1]), x)
     _check.like("b", b, (w.shape[1],), x)
     with scope_of(x):
-        kernels = for_array("gemm", x)
-        out = _product(_rows(x), _plain(w), reproducible)
-        kernels.add_bias(out, b)
+        rows, w_rows = _operands(reproducible, _rows(x), w)
+        out = _product(rows, w_rows, reproducible)
+        for_array("gemm", x).add_bias(out, b)
     return out, _Cache(x, w, reproducible)
 
 
@@ -69,23 +69,31 @@ def affine_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     x, w, reproducible = cache
     _check.like("dout", dout, (x.shape[0], w.shape[1]), x)
     with scope_of(x):
-        dout = _plain(dout)
-        dx = _product(dout, _plain(w).T, reproducible).reshape(x.shape)
-        dw = _product(_rows(x).T, dout, reproducible)
+        rows, w, dout = _operands(reproducible, _rows(x), w, dout)
+        dx = _product(dout, w.T, reproducible).reshape(x.shape)
+        dw = _product(rows.T, dout, reproducible)
         db = for_array("columns", dout).column_sum(dout)
     return dx, dw, db
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1)
+
+
+def _operands(reproducible: bool, *matrices: Array) -> tuple[Array, ...]:
+    """Return matrices as the products take them: ours any layout, a BLAS the plain one.
+
+    For another layout a BLAS adds in another order.
+    """
+    return matrices if reproducible else tuple(map(_plain, matrices))
 
 
 def _product(a: Array, b: Array, reproducible: bool) -> Array:
     return for_array("gemm", a).matmul(a, b) if reproducible else a @ b
 
 
-def _rows(x: Array) -> Array:
-    return _plain(x).reshape(x.shape[0], -1)
-
-
 def _plain(array: Array) -> Array:
-    """Return the array in C order, aligned: a BLAS adds in another order for another layout."""
+    """Return the array in C order, aligned."""
     if is_cuda(array):
         array = namespace(array).ascontiguousarray(array)
         return array.copy() if array.data.ptr % 16 else array

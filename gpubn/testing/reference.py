@@ -55,6 +55,7 @@ it all:
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -72,9 +73,11 @@ __all__ = [
     "batchnorm_forward",
     "batchnorm_running",
     "batchnorm_test",
+    "count_correct",
     "dropout_backward",
     "dropout_forward",
     "dropout_mask",
+    "l2_penalty",
     "layernorm_backward",
     "layernorm_forward",
     "philox4x32",
@@ -84,6 +87,7 @@ __all__ = [
     "sgd",
     "sgd_momentum",
     "softmax_loss",
+    "sum_of_squares",
     "svm_loss",
 ]
 
@@ -625,6 +629,40 @@ def svm_loss(x: ArrayLike, y: ArrayLike) -> tuple[float, Float64]:
     dx = (margins > 0).astype(np.float64)
     dx[rows, labels] = -dx.sum(axis=1)
     return loss, dx / num_samples
+
+
+def count_correct(x: ArrayLike, y: ArrayLike) -> int:
+    """Return for how many rows of scores `x` (N, C) the first largest one is at the label `y` (N,).
+
+    A NaN counts as larger than any number. A label that is no class is never right.
+    """
+    x = _float64_matrix("x", x)
+    labels = np.asarray(y)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"y has dtype {labels.dtype}, expected integers")
+    if labels.shape != (len(x),):
+        raise ValueError(f"y has shape {labels.shape}, expected ({len(x)},)")
+    return sum(map(operator.eq, map(_first_largest, x.tolist()), labels.tolist()))
+
+
+def _first_largest(row: list[float]) -> int:
+    nans = (j for j, score in enumerate(row) if math.isnan(score))
+    return next(nans, row.index(max(row)))
+
+
+# The penalty on weights
+
+
+def sum_of_squares(x: ArrayLike) -> float:
+    """Return the sum of the squares of all elements, of any shape."""
+    squares = _float64("x", x).reshape(-1) ** 2
+    total = float(squares.sum())
+    return math.fsum(squares.tolist()) if math.isfinite(total) else total
+
+
+def l2_penalty(w: ArrayLike, reg: float) -> tuple[float, Float64]:
+    """Return ``0.5 * reg * sum(w**2)`` and its gradient ``reg * w``, for `w` of any shape."""
+    return 0.5 * reg * sum_of_squares(w), reg * _float64("w", w)
 
 
 # Update rules: parameters, gradient and state in, new parameters and new state out

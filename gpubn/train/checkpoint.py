@@ -66,8 +66,10 @@ def resume(path: str | os.PathLike[str], solver: Solver) -> None:
     """
     arrays, header = _read(path, "checkpoint")
     net = solver.model.config if isinstance(solver.model, FullyConnectedNet) else None
+    # A network that was saved before there were reproducible ones is none.
+    saved_net = header["net"] and {"reproducible": False, **header["net"]}
     for what, saved, mine in (
-        ("network", header["net"], net),
+        ("network", saved_net, net),
         ("training", header["solver"], solver.config),
     ):
         for key in sorted({*(saved or {}), *(mine or {})} - {"num_epochs"}):
@@ -118,7 +120,7 @@ def load_model(
     """
     arrays, header = _read(path, "model")
     try:
-        net = FullyConnectedNet(**header["net"], device=device)
+        net = FullyConnectedNet(**{"reproducible": False, **header["net"]}, device=device)
         net.params = {name: arrays[name] for name in net.params}
         for i, bn_param in enumerate(net.bn_params, 1):
             for name in RUNNING:

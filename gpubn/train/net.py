@@ -55,8 +55,8 @@ class FullyConnectedNet:
         As for ``gpubn.use``; by default the device in force.
     reproducible : bool, optional
         Whether matrix products are to have the same bits on every device, as all else has: a whole
-        training run then gives the same weights everywhere. Asks for a seed. By default as
-        ``GPUBN_REPRODUCIBLE`` says, else False: products run on the device's BLAS.
+        training run then gives the same weights everywhere. By default as ``GPUBN_REPRODUCIBLE``
+        says, else False: products run on the device's BLAS. True asks for a seed.
 
     Attributes
     ----------
@@ -109,8 +109,8 @@ class FullyConnectedNet:
             raise TypeError(f"dtype is {self.dtype}, expected float32 or float64")
         self.seed = None if seed is None else _check.counter("seed", seed, 64)
         self.reproducible = backend.reproducible(reproducible)
-        if reproducible and self.seed is None:
-            raise ValueError("seed is None, expected a number where reproducible is True")
+        if self.reproducible and self.seed is None:
+            raise ValueError("seed is None, expected a number where the network is reproducible")
         self.device = backend.current() if device is None else backend.resolve(device)
         self.num_layers = len(self.hidden_dims) + 1
         self.step = 0
@@ -179,7 +179,7 @@ class FullyConnectedNet:
         return self.__dict__ | {"_params": dict(self._params)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"reproducible": False} | state)  # earlier ones knew no other
         values = {name: array.copy() for name, array in self._params.items()}
         self._params = self._initial()
         self._params.update(values)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from typing import Any
 
 from gpubn.backend import Array, namespace, scope_of
 from gpubn.kernels import for_array
 from gpubn.layers import _check
+from gpubn.train.parameters import Parameters
 
 Config = dict[str, Any]
 Rule = Callable[..., tuple[Array, Config]]
@@ -72,7 +74,20 @@ _BELOW_ONE = ("momentum", "decay_rate", "beta1", "beta2")
 
 
 def _adam_arguments(config: Config) -> tuple[Any, ...]:
-    return tuple(config[key] for key in ("t", "learning_rate", "beta1", "beta2", "epsilon"))
+    beta1, beta2, t = config["beta1"], config["beta2"], config["t"]
+    corrections = (1.0 - _power(beta1, t), 1.0 - _power(beta2, t))
+    return (config["learning_rate"], beta1, beta2, *corrections, config["epsilon"])
+
+
+_DIGITS = Context(prec=40)
+
+
+def _power(base: float, exponent: int) -> float:
+    """Return a power, correctly rounded: ``**`` is the C library's, and so is its last bit.
+
+    The exponent is a step's number, at least 1.
+    """
+    return float(_DIGITS.power(Decimal(base), exponent))
 
 
 def sgd(w: Array, dw: Array, config: Config | None = None) -> tuple[Array, Config]:
@@ -184,7 +199,8 @@ def update_in_place(
 def gradient_norm(grads: Mapping[str, Array]) -> float:
     """Return the L2 norm of all gradients together, to watch or to scale by. Waits for the device.
 
-    Every array's sum of squares has the same bits on every device, and they are added in float64.
+    The same bits on every device. Squares are of the gradients' dtype: in float32 a norm above some
+    1e19 is infinite, and gradients below some 1e-23 count as 0.
 
     Raises
     ------
@@ -193,7 +209,7 @@ def gradient_norm(grads: Mapping[str, Array]) -> float:
     """
     _check.mapping("grads", grads)
     total = 0.0
-    for name, dw in grads.items():
+    for name, dw in {"": grads.flat}.items() if isinstance(grads, Parameters) else grads.items():
         _check.floating(f"grads[{name!r}]", dw)
         with scope_of(dw):
             total += float(for_array("l2", dw).sum_of_squares(dw))

@@ -292,9 +292,9 @@ class Run:
         state = checkpoint._read(path, "checkpoint")[1]["config"]
         if "run" not in state:
             raise CheckpointError(f"{path} was not written by a run")
-        mine = self.config.as_dict()
-        for name in sorted({*state["run"], *mine} - {*_MAY_CHANGE}):
-            old, new = state["run"].get(name), mine.get(name)
+        saved, mine = {"reproducible": False, **state["run"]}, self.config.as_dict()
+        for name in sorted({*saved, *mine} - {*_MAY_CHANGE}):
+            old, new = saved.get(name), mine.get(name)
             if old != new:
                 raise RunError(
                     f"{name} is {new!r} in {path.with_name(CONFIG)}, but the run was begun with "

@@ -86,9 +86,9 @@ class Solver:
     on_iteration, on_epoch : callable, optional
         Called with the solver after every iteration, and after every epoch's accuracies.
     reproducible : bool, optional
-        Sets a ``FullyConnectedNet``'s ``reproducible``: training then gives the same weights, bit
-        for bit, on every device. Asks for seeds, here and of the network. What the Solver itself
-        computes is always so. By default as the network was made.
+        Sets ``model.reproducible`` of a ``FullyConnectedNet``; by default it stays as it is. Where
+        it is True, training gives the same weights, bit for bit, on every device, and a seed is
+        asked for. What the Solver itself computes is always the same.
 
     Attributes
     ----------
@@ -195,18 +195,24 @@ class Solver:
             self._grads = self._net.params.zeros_like()
         else:
             self._configs = {name: dict(config) for name in model.params}
-        if reproducible is not None:
-            self._set_reproducible(backend.reproducible(reproducible), seed)
+        self._set_reproducible(reproducible, seed)
 
-    def _set_reproducible(self, reproducible: bool, seed: int | None) -> None:
+    def _set_reproducible(self, reproducible: bool | None, seed: int | None) -> None:
         if self._net is None:
-            raise ValueError(
-                f"reproducible is {reproducible}, expected None for a "
-                f"{type(self.model).__name__}: whose matrix products are not gpubn's"
-            )
+            if reproducible is not None:
+                raise ValueError(
+                    f"reproducible is {reproducible}, expected None for a "
+                    f"{type(self.model).__name__}: its loss is its own, and so are its products"
+                )
+            return
+        if reproducible is None:
+            reproducible = self._net.reproducible
+        reproducible = backend.reproducible(reproducible)
         for name, value in (("seed", seed), ("the network's seed", self._net.seed)):
             if reproducible and value is None:
-                raise ValueError(f"{name} is None, expected a number where reproducible is True")
+                raise ValueError(
+                    f"{name} is None, expected a number where the network is reproducible"
+                )
         self._net.reproducible = reproducible
 
     # --- What it is about to do, and has done -----------------------------------------------------

@@ -5,7 +5,8 @@ did not: they mix with no NumPy array, convert to none implicitly, and every cop
 counted in ``device_to_host_copies``. Raw and elementwise kernels are compiled by the host's C++
 compiler against ``cuda_host.h``. What CuPy or a GPU would refuse is refused here too, and so are
 some things that they would take but that can only be mistakes: an argument of the wrong dtype, a
-non-contiguous array as a raw kernel's argument, an empty grid.
+non-contiguous array as a raw kernel's argument, an empty grid. What differs in its bits there
+differs here too: products add up in another order, a cast to float32 makes subnormals zero.
 
 ``ndarray`` is no subclass of ``numpy.ndarray``, as CuPy's is none: code that asks with
 ``isinstance`` which device an array is on gets the same answer as on a GPU, and
@@ -245,11 +246,25 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
             return _to_device(value)
         return functools.partial(_call, value, owner=self)
 
+    def astype(self, dtype, order="K", casting=None, subok=None, copy=True):
+        result = _call(self._host.astype, dtype, order=order, copy=copy, owner=self)
+        if self.dtype == np.float64 and result.dtype == np.float32:  # CuPy compiles with -ftz=true
+            result._host[abs(result._host) < np.finfo(np.float32).tiny] *= 0
+        return result
+
+    def __matmul__(self, other):
+        # Another order than NumPy's: a GPU's BLAS has its own.
+        return super().__matmul__(other) if self.ndim != 2 else _backwards(self, other)
+
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         return _call(getattr(ufunc, method), *inputs, **kwargs)
 
     def __array_function__(self, func, types_, args, kwargs):
         return _call(func, *args, **kwargs)
+
+
+def _backwards(a: ndarray, b: ndarray) -> ndarray:
+    return _call(np.matmul, a[:, ::-1], b[::-1])
 
 
 def _index(key: Any) -> tuple[Any, ...]:

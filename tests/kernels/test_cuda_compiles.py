@@ -58,10 +58,8 @@ def used_sources() -> tuple[cupy_stand_in.Source, ...]:
             with pytest.MonkeyPatch.context() as patch:
                 for tile in gemm._tiles_for(x.dtype):
                     patch.setattr(gemm, "_tile", lambda *_, tile=tile: tile)
-                    gemm.matmul(x, x[:5])
-                    if tile[0] == 16:  # the forms differ in how they load only
-                        gemm.matmul(x.T, x)
-                        gemm.matmul(x, x.T)
+                    for a, b in ((x, x[:5]), (x.T, x), (x, x.T)):
+                        gemm.matmul(a, b)
             gemm.add_bias(x, gamma)
             labels = cupy.zeros(300, np.int64)
             losses.softmax_loss(x, labels)
@@ -74,7 +72,9 @@ def used_sources() -> tuple[cupy_stand_in.Source, ...]:
             optimizer.sgd(w, w, 0.1, w)
             optimizer.sgd_momentum(w, w, state, 0.1, 0.9, w, state)
             optimizer.rmsprop(w, w, state, 0.1, 0.9, 1e-8, w, state)
-            optimizer.adam(w, w, state, state, 1, 0.1, 0.9, 0.9, 1e-8, 0.0, 0, w, state, state)
+            optimizer.adam(
+                w, w, state, state, 0.1, 0.9, 0.9, 0.1, 0.1, 1e-8, 0.0, 0, w, state, state
+            )
     return tuple(cupy_stand_in.sources[first:])
 
 

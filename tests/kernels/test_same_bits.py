@@ -6,6 +6,8 @@ They run on the host, or with ``--device cuda`` on a GPU.
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -186,12 +188,12 @@ def test_column_sum(kind: str, dtype: Any, rng: np.random.Generator, thread_orde
 
 def update_rules(kernels: Any, w: Any, dw: Any, state: Any) -> tuple[Any, ...]:
     out = [namespace(w).empty_like(w) for _ in range(11)]
-    betas = (0.9, 0.999, 1e-8)
+    betas = (0.9, 0.999, 0.271, 0.002997, 1e-8)
     kernels.sgd(w, dw, 1e-2, out[0])
     kernels.sgd_momentum(w, dw, state, 1e-2, 0.9, out[1], out[2])
     kernels.rmsprop(w, dw, state, 1e-2, 0.99, 1e-8, out[3], out[4])
-    kernels.adam(w, dw, state, state, 3, 1e-3, *betas, 1e-2, 500, *out[5:8])
-    kernels.adam(w, dw, state, state, 3, 1e-3, *betas, 0.0, 0, *out[8:11])
+    kernels.adam(w, dw, state, state, 1e-3, *betas, 1e-2, 500, *out[5:8])
+    kernels.adam(w, dw, state, state, 1e-3, *betas, 0.0, 0, *out[8:11])
     return tuple(out)
 
 
@@ -295,6 +297,51 @@ def test_a_chain_may_end_at_minus_zero() -> None:
     both("gemm", lambda kernels, a, b: (kernels.matmul(a, b),), tiny, -tiny)
     kernels = importlib.import_module("gpubn.kernels.gemm_numba")
     assert np.signbit(kernels.matmul(tiny, -tiny)).all()
+
+
+@pytest.mark.parametrize("form", ["array", "transposed"])
+def test_products_read_nothing_beyond_their_operands(form: str) -> None:
+    """Rows that a tile has and the matrix has not are not read: behind it there may be nothing."""
+    if sys.platform == "win32":
+        pytest.skip("mprotect is POSIX")
+    code = f"""
+import ctypes, mmap
+import numpy as np
+from gpubn.kernels import gemm_numba
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
+a = np.frombuffer(memory, np.float32, 7 * 30, page - 4 * 7 * 30).reshape(7, 30)
+a[:] = 1
+a = a.T.reshape(30, 7) if {form == "transposed"} else a
+out = gemm_numba.matmul(a, np.ones((a.shape[1], 20), np.float32))
+assert (out == a.shape[1]).all()
+import os
+os._exit(0)  # the mapping is still lent
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shape", "processors", "tile"),
+    [
+        ((1024, 1024), 132, 64),
+        ((2048, 2048), 132, 128),
+        ((1408, 1536), 132, 128),  # 11 by 12 blocks: just enough
+        ((1408, 1408), 132, 64),
+        ((200, 100), 132, 16),
+        ((1, 1), 1, 128),
+    ],
+)
+def test_a_tile_gives_every_multiprocessor_a_block(
+    shape: tuple[int, int], processors: int, tile: int
+) -> None:
+    cuda = importlib.import_module("gpubn.kernels.gemm_cuda")
+    assert cuda._tile(*shape, np.dtype(np.float32), processors)[0] == tile
+    assert cuda._tile(*shape, np.dtype(np.float64), processors)[0] == min(tile, 64)
 
 
 def merged_and_together(kernels: Any, x: Any) -> tuple[Any, ...]:

@@ -24,10 +24,14 @@ both_dtypes = pytest.mark.parametrize(
 # --- Every layer, forward and backward, as a function of arrays ----------------------------------
 
 
-def affine(x: Array, w: Array, b: Array, dout: Array) -> Arrays:
-    out, cache = layers.affine_forward(x, w, b)
+def affine(x: Array, w: Array, b: Array, dout: Array, reproducible: bool | None = None) -> Arrays:
+    out, cache = layers.affine_forward(x, w, b, reproducible)
     dx, dw, db = layers.affine_backward(dout, cache)
     return {"out": out, "dx": dx, "dw": dw, "db": db}
+
+
+def affine_reproducible(x: Array, w: Array, b: Array, dout: Array) -> Arrays:
+    return affine(x, w, b, dout, reproducible=True)
 
 
 def relu(x: Array, dout: Array) -> Arrays:
@@ -100,13 +104,23 @@ def affine_bn_relu(
 
 Layer = Callable[..., Arrays]
 LAYERS: tuple[Layer, ...] = (
-    *(affine, relu, batchnorm, batchnorm_test, layernorm, dropout, dropout_test),
+    *(
+        affine,
+        affine_reproducible,
+        relu,
+        batchnorm,
+        batchnorm_test,
+        layernorm,
+        dropout,
+        dropout_test,
+    ),
     *(softmax_loss, svm_loss, affine_relu, affine_bn_relu),
 )
 
 
 def argument_names(layer: Layer) -> list[str]:
-    return [name for name in inspect.signature(layer).parameters if name != "mode"]
+    choices = ("mode", "reproducible")
+    return [name for name in inspect.signature(layer).parameters if name not in choices]
 
 
 def draw(

@@ -1,20 +1,21 @@
 """``gpubn parity`` must be able to fail: it finds faults that are planted, one at a time.
 
 Each is a change that somebody could make in good faith: a faster instruction, another order of a
-sum, a simpler formula. Those of the CUDA half are made in the text that the stand-in for CuPy
-compiles, those of the CPU half in a copy of the module.
+sum, a simpler formula. Those of the CUDA text are made in the text that the stand-in for CuPy
+compiles, those of a Python module in a copy of it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from conftest import host_cuda
+from host_cuda import cupy_stand_in
 
 from gpubn import cli, kernels
 from gpubn.testing.parity import cases, contestants
@@ -31,6 +32,7 @@ class Fault:
     file: str
     lines: dict[str, str]
     op: str
+    dtype: str = "float32"
 
     def planted(self) -> str:
         text = (KERNELS / self.file).read_text("utf-8")
@@ -213,9 +215,89 @@ CUDA_FAULTS = (
         },
         "matmul",
     ),
+    Fault(
+        "two chains, of even and of odd k, added at the end",
+        "gemm.cuh",
+        {
+            "R sum[PER][PER] = {};": "R sum[PER][PER] = {}, odd[PER][PER] = {};",
+            "sum[i][j] = fma(u[i], v[j], sum[i][j]);": (
+                "(k % 2 ? odd : sum)[i][j] = fma(u[i], v[j], (k % 2 ? odd : sum)[i][j]);"
+            ),
+            "out[r * columns + c] = sum[i][j].v;": (
+                "out[r * columns + c] = (sum[i][j] + odd[i][j]).v;"
+            ),
+        },
+        "matmul",
+    ),
+    Fault(
+        "the mean over samples as a multiplication by the reciprocal",
+        "losses.cuh",
+        {
+            "dx[j] = ((R(dx[j]) / sum - R((T)(j == y))) / R(rows)).v;": (
+                "dx[j] = ((R(dx[j]) / sum - R((T)(j == y))) * (R((T)1) / R(rows))).v;"
+            )
+        },
+        "softmax-loss",
+    ),
+    Fault(
+        "the row's largest score not taken away",
+        "losses.cuh",
+        {"R top(max_lanes(largest));": "R top((T)0);"},
+        "softmax-loss",
+    ),
+    Fault(
+        "the largest score found in one warp only",
+        "losses.cuh",
+        {"for (int step = LANES / 2; step > 0": "for (int step = 16; step > 0"},
+        "softmax-loss",
+    ),
+    Fault(
+        "the last of equal scores taken for the first",
+        "losses.cuh",
+        {"bool larger = R(x[j]) > R(x[best])": "bool larger = !(R(x[best]) > R(x[j]))"},
+        "count-correct",
+    ),
+    Fault(
+        "the lanes of a sum of squares added up one after another",
+        "l2.cuh",
+        {
+            "real<T> total = sum_lanes(real<T>(lanes[threadIdx.x]));": (
+                "real<T> total((T)0);\nfor (int j = 0; j < LANES; j++) "
+                "total = total + real<T>(lanes[j]);"
+            )
+        },
+        "sum-of-squares",
+    ),
+    Fault(
+        "a logarithm of doubles in single precision",
+        "elementary.cuh",
+        {"R s = g / (R((T)2) + g), z": "R s = R((T)(float)(g / (R((T)2) + g)).v), z"},
+        "log",
+        "float64",
+    ),
+    Fault(
+        "a step of doubles with a fused multiply-add",
+        "optimizer.cuh",
+        {"return (R(w) - R(lr) * R(dw)).v;": "return __builtin_fma(-lr, dw, w);"},
+        "sgd",
+        "float64",
+    ),
 )
 
-CPU_FAULTS = (
+PYTHON_FAULTS = (
+    Fault(
+        "squares by fused multiply-adds into a lane's sum",
+        "l2_cuda.py",
+        {
+            "total = cupy.empty((), x.dtype)": (
+                "lanes = cupy.ElementwiseKernel('raw T x, int64 size', 'T sum', 'sum = 0;"
+                " for (long long j = i; j < size; j += 256) sum = __builtin_fmaf(x[j], x[j], sum)',"
+                " 'fused')(x.reshape(-1), x.size, cupy.empty(256, x.dtype))\n"
+                "    total = cupy.empty((), x.dtype)"
+            ),
+        },
+        "sum-of-squares",
+    ),
     Fault(
         "a NaN lost",
         "relu_numba.py",
@@ -237,10 +319,19 @@ CPU_FAULTS = (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_in_a_hurry() -> Iterator[None]:
+    """Compiling takes longer here than running: the stand-in's kernels need not be fast."""
+    with pytest.MonkeyPatch.context() as patch:
+        flags = tuple("-O0" if flag == "-O2" else flag for flag in cupy_stand_in.FLAGS)
+        patch.setattr(cupy_stand_in, "FLAGS", flags)
+        yield
+    cupy_stand_in._compile.cache_clear()  # other tests' kernels need to be
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Half of the quick grid, CPU and stand-in: the compiler's time is what these tests take."""
-    monkeypatch.setattr(cases, "DTYPES", ("float32",))
+    """CPU and stand-in: the compiler's time is what these tests take."""
     monkeypatch.setattr(contestants, "other_instruction_sets", dict)
     with host_cuda():
         yield
@@ -254,29 +345,40 @@ def few_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPERATIONS, "matmul", replace(matmul, shapes=shapes))
 
 
-def parity(capsys: pytest.CaptureFixture[str], *ops: str) -> tuple[int, str]:
-    code = cli.main(["parity", "--quick", *(f"--op={op}" for op in ops)])
-    out, err = capsys.readouterr()
-    assert "ERROR" not in out + err  # a fault that does not compile is not found but refused
-    return code, out
+@pytest.fixture
+def parity(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
+    """Return a function that runs half of the quick grid: the cases of one dtype."""
+
+    def parity(dtype: str, *ops: str) -> tuple[int, str]:
+        monkeypatch.setattr(cases, "DTYPES", (dtype,))
+        code = cli.main(["parity", "--quick", *(f"--op={op}" for op in ops)])
+        out, err = capsys.readouterr()
+        assert "ERROR" not in out + err  # a fault that does not compile is not found but refused
+        return code, out
+
+    return parity
 
 
-def assert_found(capsys: pytest.CaptureFixture[str], fault: Fault) -> None:
-    code, out = parity(capsys, fault.op)
+def assert_found(parity: Callable[..., tuple[int, str]], fault: Fault) -> None:
+    code, out = parity(fault.dtype, fault.op)
     assert code == 1, f"parity does not see: {fault.title}\n{out}"
     assert f"the contract is BROKEN by {fault.op}." in out
     assert "of cuda:0" in out
     assert f"gpubn parity --op {fault.op} --seed " in out
 
 
-def test_kernels_without_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out = parity(capsys, *dict.fromkeys(fault.op for fault in CUDA_FAULTS + CPU_FAULTS))
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_kernels_without_a_fault(dtype: str, parity: Callable[..., tuple[int, str]]) -> None:
+    faults = [fault for fault in CUDA_FAULTS + PYTHON_FAULTS if fault.dtype == dtype]
+    code, out = parity(dtype, *dict.fromkeys(fault.op for fault in faults))
     assert code == 0, out
 
 
 @pytest.mark.parametrize("fault", CUDA_FAULTS, ids=lambda fault: fault.title)
 def test_in_the_cuda_half(
-    fault: Fault, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fault: Fault, parity: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Imported afresh for this stand-in, and before any kernel reads its text.
     compile_cuda = importlib.import_module("gpubn.kernels.compile_cuda")
@@ -286,13 +388,13 @@ def test_in_the_cuda_half(
         return "\n".join(planted if f"{name}.cuh" == fault.file else source(name) for name in names)
 
     monkeypatch.setattr(compile_cuda, "source", changed)
-    assert_found(capsys, fault)
+    assert_found(parity, fault)
 
 
-@pytest.mark.parametrize("fault", CPU_FAULTS, ids=lambda fault: fault.title)
-def test_in_the_cpu_half(
+@pytest.mark.parametrize("fault", PYTHON_FAULTS, ids=lambda fault: fault.title)
+def test_in_a_python_module(
     fault: Fault,
-    capsys: pytest.CaptureFixture[str],
+    parity: Callable[..., tuple[int, str]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -305,4 +407,4 @@ def test_in_the_cpu_half(
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
-    assert_found(capsys, fault)
+    assert_found(parity, fault)

@@ -359,6 +359,35 @@ class TestLosses:
         step = eval_numerical_gradient(lambda v: loss(v, y)[0], x.copy(), verbose=False)
         assert rel_error(step, dx) < NUMERICAL
 
+    def test_count_correct_by_hand(self):
+        # The first of equal ones; a NaN before an infinity; no row has the class -1 or 3.
+        x = [[0, 2, 2], [0, 2, 2], [np.inf, 0, np.nan], [3, 1, 2], [3, 1, 2], [3, 1, 2]]
+        assert ref.count_correct(x, [1, 2, 2, 0, -3, 3]) == 3
+        assert ref.count_correct([[np.nan, np.nan]], [0]) == 1
+        with pytest.raises(TypeError, match="y has dtype float64, expected integers"):
+            ref.count_correct(x, np.zeros(6))
+        with pytest.raises(ValueError, match=r"y has shape \(2,\), expected \(6,\)"):
+            ref.count_correct(x, [0, 1])
+
+    def test_count_correct_is_argmax_s(self):
+        rng = np.random.default_rng(7)
+        x, y = rng.choice([-1.0, 0.0, 1.0, np.inf, np.nan], (200, 4)), rng.integers(4, size=200)
+        assert ref.count_correct(x, y) == (x.argmax(axis=1) == y).sum()
+
+    def test_l2_penalty_by_hand(self):
+        loss, dw = ref.l2_penalty([[3.0, -4.0], [0.0, 1.0]], 0.5)
+        assert loss == 6.5
+        np.testing.assert_array_equal(dw, [[1.5, -2.0], [0.0, 0.5]])
+
+    def test_sum_of_squares(self):
+        # Exactly rounded: what an addition would round away adds up.
+        assert ref.sum_of_squares(np.array([1.0] + [2.0**-27] * 64)) == 1 + 2.0**-48
+        assert ref.sum_of_squares(2.0) == 4
+        for x, total in (([1e200], np.inf), ([1e154] * 9, np.inf), ([np.inf, -np.inf], np.inf)):
+            with np.errstate(over="ignore"):
+                assert ref.sum_of_squares(x) == total
+        assert math.isnan(ref.sum_of_squares([np.nan, np.inf]))
+
     @pytest.mark.parametrize("loss", [ref.softmax_loss, ref.svm_loss])
     def test_labels_are_checked(self, loss):
         x = np.zeros((2, 3))
@@ -641,6 +670,7 @@ class TestPurity:
         (ref.dropout_backward, (x, mask, 1.0)),
         (ref.softmax_loss, (x, y)),
         (ref.svm_loss, (x, y)),
+        (ref.l2_penalty, (x, 0.3)),
         (ref.sgd, (x, x)),
         (ref.sgd_momentum, (x, x, x)),
         (ref.rmsprop, (x, x, x + 1)),

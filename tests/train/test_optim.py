@@ -400,3 +400,13 @@ def test_gradient_norm(device: Device, rng: np.random.Generator) -> None:
         optim.gradient_norm({"W": device.asarray(np.arange(3))})
     with pytest.raises(TypeError, match="grads is a ndarray, expected a dict"):
         optim.gradient_norm(np.ones(3))
+
+
+@pytest.mark.parametrize("base", [0.9, 0.999, 0.9995])
+def test_powers_are_correctly_rounded(base: float) -> None:
+    """The C library's are not, and differ from one machine to the next."""
+    exact = Fraction(1)
+    for t in range(1, 800):
+        exact *= Fraction(base)
+        assert optim._power(base, t) == float(exact)
+    assert optim._power(base, 10**9) == 0.0

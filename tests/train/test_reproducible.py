@@ -19,6 +19,7 @@ import gpubn
 from gpubn import backend, cli
 from gpubn.kernels import gemm_numba
 from gpubn.kernels.threads import get_num_threads, set_num_threads
+from gpubn.train import checkpoint
 from gpubn.train import run as runs
 from gpubn.train.config import RunConfig
 
@@ -166,7 +167,7 @@ def test_products_are_the_devices_blas_unless_asked(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_seed_is_asked_for() -> None:
-    with pytest.raises(ValueError, match="seed is None, expected a number where reproducible"):
+    with pytest.raises(ValueError, match="seed is None, expected a number where the network"):
         gpubn.FullyConnectedNet([3], reproducible=True)
     with pytest.raises(TypeError, match="reproducible is 'yes', expected True or False"):
         gpubn.FullyConnectedNet([3], seed=0, reproducible="yes")
@@ -201,6 +202,40 @@ def test_a_solver_sets_its_network(rng: np.random.Generator, capsys: Any) -> Non
     assert (net.reproducible, unseeded.reproducible) == (False, False)
     with pytest.raises(ValueError, match="expected None for a Foreign"):
         gpubn.Solver(Foreign(), data, seed=0, reproducible=True)
+
+
+def test_seeds_are_asked_for_however_it_came_about(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y = rng.standard_normal((40, 4)).astype(np.float32), rng.integers(0, 3, 40)
+    data = {"X_train": X, "y_train": y, "X_val": X, "y_val": y}
+    monkeypatch.setenv("GPUBN_REPRODUCIBLE", "1")
+    with pytest.raises(ValueError, match="seed is None"):
+        gpubn.FullyConnectedNet([5], 4, 3, device="cpu")
+    net = gpubn.FullyConnectedNet([5], 4, 3, device="cpu", seed=0)
+    with pytest.raises(ValueError, match="seed is None"):
+        gpubn.Solver(net, data)
+
+
+def test_what_was_saved_before_there_were_reproducible_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(SMALL, reproducible=False, epochs=1)
+    runs.start(config, tmp_path)
+    # As an earlier version wrote it: nothing says reproducible.
+    without = (tmp_path / "config.toml").read_text().replace("reproducible = false\n", "")
+    (tmp_path / "config.toml").write_text(without)
+    read = checkpoint._read
+
+    def read_old(*arguments: Any) -> Any:
+        arrays, header = read(*arguments)
+        for part in (header["net"], header["config"].get("run", header["config"])):
+            del part["reproducible"]
+        return arrays, header
+
+    monkeypatch.setattr(checkpoint, "_read", read_old)
+    assert runs.resume(tmp_path, epochs=2).finished
+    assert not checkpoint.load_model(tmp_path / "model.safetensors", "cpu")[0].reproducible
 
 
 def test_flags_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

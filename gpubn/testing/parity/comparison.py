@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gpubn.testing.devices import ulp_distance
 from gpubn.testing.parity.cases import Case
 from gpubn.testing.parity.contestants import ContestantFailed, Contestants, Results
-from gpubn.testing.parity.operations import OPERATIONS
+from gpubn.testing.parity.operations import OPERATIONS, Held
 from gpubn.testing.tolerance import BOUNDS, ulp_error
 
 REFERENCE = "float64 reference"
@@ -200,9 +200,15 @@ def _run_case(case: Case, contestants: Contestants, row: Row) -> None:
     if operation.reference is not None and operation.holds(case):
         with np.errstate(all="ignore"):
             for result, held in operation.reference(**arguments).items():
-                error = ulp_error(baseline[result], held.value, held.scale)
+                error = _error(baseline[result], held)
                 bound = BOUNDS[held.row].units
                 row.held(Finding(case, REFERENCE, result, error, bound))
+
+
+def _error(result: NDArray[Any], held: Held) -> float:
+    if result.dtype.kind != "f":  # an integer's last place is 1
+        return float(np.max(np.abs(result - held.value), initial=0))
+    return ulp_error(result, held.value, held.scale)
 
 
 def _differences(case: Case, name: str, a: Results, b: Results) -> Iterable[Finding]:

@@ -167,6 +167,14 @@ def _merged_moments(x: Array) -> Arrays:
     return {"mean": mean, "var": var}
 
 
+def _merged_moments_reference(x: Array) -> Reference:
+    # The middle one of three values is their median.
+    shift = np.median(x[[0, len(x) // 2, -1]], axis=0)
+    columns = np.ascontiguousarray((x.astype(np.float64) - shift).T)  # NumPy sums these in pairs
+    expected = {"mean": columns.mean(axis=1), "var": columns.var(axis=1)}
+    return _held("batchnorm", expected, tolerance.batchnorm_moments_scales(x, shift))
+
+
 # --- Layer norm -----------------------------------------------------------------------------------
 
 
@@ -254,6 +262,17 @@ def _log_arguments(draw: Draw) -> Arrays:
     }
 
 
+def _elementary_reference(function: str) -> Callable[..., Reference]:
+    def expected(**arrays: Array) -> Reference:
+        values = {
+            f"{function}({name})": getattr(np, function)(array.astype(np.float64))
+            for name, array in arrays.items()
+        }
+        return {name: Held(value, np.abs(value), function) for name, value in values.items()}
+
+    return expected
+
+
 def _elementary(function: str) -> Callable[..., Arrays]:
     def run(**arrays: Array) -> Arrays:
         call = getattr(for_array("elementary", arrays["x"]), function)
@@ -281,10 +300,8 @@ def _matmul(x: Array, w: Array, dout: Array) -> Arrays:
 
 
 def _matmul_reference(x: Array, w: Array, dout: Array) -> Reference:
-    bias = np.zeros(w.shape[1], x.dtype)
-    dx, dw, _ = reference.affine_backward(dout, x, w)
-    expected = {"out": reference.affine_forward(x, w, bias), "dx": dx, "dw": dw}
-    return _held("affine", expected, tolerance.affine_scales(x, w, bias, dout))
+    held = _affine_reference(x, w, np.zeros(w.shape[1], x.dtype), dout)
+    return {name: held[name] for name in ("out", "dx", "dw")}
 
 
 def _affine_arguments(draw: Draw) -> Arrays:
@@ -330,7 +347,11 @@ def _svm_loss_reference(x: Array, y: Array) -> Reference:
 
 
 def _count_correct(x: Array, y: Array) -> Arrays:
-    return {"count": np.asarray(layers.count_correct(x, y))}
+    return {"count": layers.count_correct(x, y)}
+
+
+def _count_correct_reference(x: Array, y: Array) -> Reference:
+    return {"count": Held(reference.count_correct(x, y), 1, "count_correct")}
 
 
 def _l2_arguments(draw: Draw) -> Arrays:
@@ -345,6 +366,22 @@ def _l2(w: Array, reg: float) -> Arrays:
 def _sum_of_squares(w: Array, reg: float) -> Arrays:
     """Return what the norm of a gradient is the root of."""
     return {"sum": for_array("l2", w).sum_of_squares(w)}
+
+
+def _sum_of_squares_reference(w: Array, reg: float) -> Reference:
+    total = reference.sum_of_squares(w)
+    return {"sum": Held(total, tolerance.sum_of_squares_scale(w), "sum_of_squares")}
+
+
+def _l2_reference(w: Array, reg: float) -> Reference:
+    loss, dw = reference.l2_penalty(w, reg)
+    if np.isinf(w.dtype.type(reference.sum_of_squares(w))):
+        loss = math.inf  # the sum does not fit, though its product with a small reg might
+    scale = 0.5 * reg * tolerance.sum_of_squares_scale(w)
+    return {
+        "loss": Held(loss, scale, "l2_penalty loss"),
+        "dw": Held(dw, np.abs(dw), "l2_penalty dw"),
+    }
 
 
 # --- Update rules ---------------------------------------------------------------------------------
@@ -369,9 +406,23 @@ def _rule(rule: str) -> Callable[..., Arrays]:
     return run
 
 
+def _rule_reference(rule: str) -> Callable[..., Reference]:
+    def expected(w: Array, dw: Array, **state: Any) -> Reference:
+        results = getattr(reference, rule)(w, dw, **state)
+        results = results if isinstance(results, tuple) else (results,)
+        names = ("w", *optim.state_names(rule))  # a count of steps comes after them
+        scales = tolerance.update_scales(rule, w, dw, **state)
+        return _held(rule, dict(zip(names, results, strict=False)), scales)
+
+    return expected
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
-_PRODUCTS_HELD = ("ordinary", "mean 1e6", "constant", "near 1e18")
+# Where the scale's squares fit.
+_PRODUCTS_HELD = (*SQUARES_FIT, "signed zeros")
+# Results that are too large, infinities and NaN are held to be just that.
+_SQUARES_FIT_OR_NOT_FINITE = (*SQUARES_FIT, "signed zeros", "infinities", "NaN")
 
 _ALL = (
     Operation(
@@ -382,7 +433,10 @@ _ALL = (
         *("batchnorm-test", COLUMNS, _batchnorm_arguments, _batchnorm("test")),
         _batchnorm_test_reference,
     ),
-    Operation("batchnorm-merged", COLUMNS, _parts_arguments, _merged_moments),
+    Operation(
+        *("batchnorm-merged", COLUMNS, _parts_arguments, _merged_moments),
+        _merged_moments_reference,
+    ),
     Operation("layernorm", ROWS, _layernorm_arguments, _layernorm, _layernorm_reference),
     Operation("relu", ELEMENTS, _gradient_arguments, _relu, _relu_reference, KINDS),
     Operation("dropout", ELEMENTS, _dropout_arguments, _dropout, _dropout_reference, KINDS),
@@ -391,14 +445,31 @@ _ALL = (
         *("matmul", PRODUCTS, _product_arguments, _matmul, _matmul_reference, _PRODUCTS_HELD)
     ),
     Operation("affine", PRODUCTS, _affine_arguments, _affine, _affine_reference, _PRODUCTS_HELD),
-    Operation("exp", ELEMENTS, _exp_arguments, _elementary("exp")),
-    Operation("log", ELEMENTS, _log_arguments, _elementary("log")),
+    Operation(
+        *("exp", ELEMENTS, _exp_arguments, _elementary("exp")),
+        *(_elementary_reference("exp"), KINDS),
+    ),
+    Operation(
+        *("log", ELEMENTS, _log_arguments, _elementary("log")),
+        *(_elementary_reference("log"), KINDS),
+    ),
     Operation("softmax-loss", ROWS, _loss_arguments, _softmax_loss, _softmax_loss_reference),
     Operation("svm-loss", ROWS, _loss_arguments, _svm_loss, _svm_loss_reference),
-    Operation("count-correct", ROWS, _loss_arguments, _count_correct),
-    Operation("l2-penalty", ELEMENTS, _l2_arguments, _l2),
-    Operation("sum-of-squares", ELEMENTS, _l2_arguments, _sum_of_squares),
-    *(Operation(rule, ELEMENTS, _rule_arguments(rule), _rule(rule)) for rule in optim.RULES),
+    Operation(
+        *("count-correct", ROWS, _loss_arguments, _count_correct, _count_correct_reference, KINDS)
+    ),
+    Operation("l2-penalty", ELEMENTS, _l2_arguments, _l2, _l2_reference, KINDS),
+    Operation(
+        *("sum-of-squares", ELEMENTS, _l2_arguments, _sum_of_squares),
+        *(_sum_of_squares_reference, KINDS),
+    ),
+    *(
+        Operation(
+            *(rule, ELEMENTS, _rule_arguments(rule), _rule(rule), _rule_reference(rule)),
+            KINDS if rule in ("sgd", "sgd_momentum") else _SQUARES_FIT_OR_NOT_FINITE,
+        )
+        for rule in optim.RULES
+    ),
 )
 
 OPERATIONS = {operation.name: operation for operation in _ALL}

@@ -55,7 +55,8 @@ def table_head() -> list[str]:
     """Return the table's first lines."""
     return [
         "",
-        "apart: the largest distance between any two, in units in the last place; 0: the same bits",
+        "apart: the largest distance from the CPU with one thread, in units in the last place;",
+        "    0: the same bits",
         "from float64: the largest error, in units in the last place, and what is accepted",
         "",
         f"{'op':{_OP}}  {'cases':>5}  {'apart':>5}  {'from float64':14}  worst case",

@@ -19,6 +19,7 @@ from gpubn.kernels.threads import get_num_threads, split
 TILE_ROWS = 6  # with 16 float32 columns they fill the registers of AVX2, and of AVX-512 half
 VECTOR_BYTES = 64
 DEPTH = 256  # so many rows of a panel stay in the first cache
+BLOCK_ROWS = 96 * TILE_ROWS  # so many rows of DEPTH stay in the second
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -108,25 +109,48 @@ def _multiply(
     """Go on with the chains of some rows and columns of ``out``, by all of k."""
     panel = np.zeros((DEPTH, width), a.dtype)  # some columns of b; what is over does not count
     tile = np.zeros(TILE_ROWS * width, a.dtype)  # for what is no whole tile of out
-    for column in range(first_column, last_column, width):
-        columns = min(width, last_column - column)
+    # Rows that lie across memory are brought together once for all panels.
+    gathers = a_k != 1 and last_column - first_column > width
+    gathered = np.zeros(BLOCK_ROWS * DEPTH if gathers else 0, a.dtype)
+    for top in range(first_row, last_row, BLOCK_ROWS):
+        bottom = min(top + BLOCK_ROWS, last_row)
         for k in range(0, depth, DEPTH):
             steps = min(DEPTH, depth - k)
-            for i in range(steps):
-                start = (k + i) * b_k + column * b_column
-                _copy(b, start, b_column, panel[i], 0, 1, columns)
-            for row in range(first_row, last_row, TILE_ROWS):
-                rows = min(TILE_ROWS, last_row - row)
-                left = row * a_row + k * a_k
-                start = row * out_row + column * out_column
-                if out_column == 1 and columns == width and rows == TILE_ROWS:
-                    _multiply_tile(a, left, a_row, a_k, rows, panel, steps, out, start, out_row)
-                    continue
-                for i in range(rows):
-                    _copy(out, start + i * out_row, out_column, tile, i * width, 1, columns)
-                _multiply_tile(a, left, a_row, a_k, rows, panel, steps, tile, 0, width)
-                for i in range(rows):
-                    _copy(tile, i * width, 1, out, start + i * out_row, out_column, columns)
+            source, row_step, k_step = a, a_row, a_k
+            if gathers:
+                _gather(a, a_row, a_k, top, bottom, k, steps, gathered)
+                source, row_step, k_step = gathered, 1, TILE_ROWS
+            for column in range(first_column, last_column, width):
+                columns = min(width, last_column - column)
+                for i in range(steps):
+                    start = (k + i) * b_k + column * b_column
+                    _copy(b, start, b_column, panel[i], 0, 1, columns)
+                for row in range(top, bottom, TILE_ROWS):
+                    rows = min(TILE_ROWS, bottom - row)
+                    left = (row - top) * DEPTH if gathers else row * a_row + k * a_k
+                    lefts = (source, left, row_step, k_step, rows, panel, steps)
+                    start = row * out_row + column * out_column
+                    if out_column == 1 and columns == width and rows == TILE_ROWS:
+                        _multiply_tile(*lefts, out, start, out_row)
+                        continue
+                    for i in range(rows):
+                        _copy(out, start + i * out_row, out_column, tile, i * width, 1, columns)
+                    _multiply_tile(*lefts, tile, 0, width)
+                    for i in range(rows):
+                        _copy(tile, i * width, 1, out, start + i * out_row, out_column, columns)
+
+
+@compiled
+def _gather(
+    a: Any, a_row: int, a_k: int, top: int, bottom: int, k: int, steps: int, gathered: Any
+) -> None:
+    """Lay out tile after tile, in each k after k, and for each k the tile's rows."""
+    for i in range(steps):
+        for row in range(top, bottom, TILE_ROWS):
+            at = (row - top) * DEPTH + i * TILE_ROWS
+            start = row * a_row + (k + i) * a_k
+            for j in range(min(TILE_ROWS, bottom - row)):
+                gathered[at + j] = a[start + j * a_row]
 
 
 @compiled

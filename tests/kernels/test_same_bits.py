@@ -236,11 +236,11 @@ def test_l2(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None)
         both("l2", l2, x, y)
 
 
-# (M, K, N) around the edges of tiles (16 to 128 on CUDA, 6 x 8 or 6 x 16 on the CPU), of a slab of
-# k (16) and of a panel (256).
+# (M, K, N) around the edges of tiles (16 to 128 on CUDA, 6 x 8 or 6 x 16 on the CPU), of a block of
+# rows (576), of a slab of k (16) and of a panel (256).
 PRODUCTS = (
     *((1, 1, 1), (2, 3, 1), (7, 15, 17), (6, 16, 16), (16, 17, 8), (33, 31, 15), (64, 33, 65)),
-    *((129, 5, 9), (5, 255, 3), (13, 257, 33), (3, 769, 130), (1, 1000, 1)),
+    *((129, 5, 9), (5, 255, 3), (13, 257, 33), (3, 769, 130), (1, 1000, 1), (581, 259, 35)),
 )
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -497,7 +498,7 @@ def _parity(arguments: argparse.Namespace) -> int:
     for line in parity.verdict(environment, rows):
         _say(line)
     if arguments.json is not None:
-        atomic_write(arguments.json, parity.as_json(environment, rows))
+        atomic_write(os.path.realpath(arguments.json), parity.as_json(environment, rows))
     return 0 if all(row.same for row in rows) else BROKEN
 
 
@@ -512,6 +513,14 @@ def _check_json(path: str | None) -> None:
         raise UsageError(f"--json is {path}, and there is no folder {folder}")
     if os.path.isdir(path):
         raise UsageError(f"--json is {path}, a folder, expected a file")
+    # A device or a pipe would be replaced by a file.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"--json is {path}, which is no regular file")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--json is {path}, which cannot be written: {error.strerror}") from error
 
 
 class _CaseBar:
@@ -554,9 +563,11 @@ def _silence_fallback(device: str | None) -> None:
 
 
 def _check_threads() -> None:
-    """Look at the environment's number of threads now, not in the middle of a run."""
+    """Look at the environment's number of threads, and its say on Numba, not in mid-run."""
     from gpubn.kernels import threads
 
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        raise UsageError("NUMBA_DISABLE_JIT is set, but gpubn's kernels need Numba's compiler")
     with _usage():
         threads.get_num_threads()
 

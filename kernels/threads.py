@@ -90,8 +90,13 @@ def split(run: Callable[[int, int], None], count: int, elements: int) -> None:
         return
     bounds = [count * share // shares for share in range(shares + 1)]
     pool = _get_pool(threads)
-    others = [pool.submit(run, bounds[i], bounds[i + 1]) for i in range(1, shares)]
+    others = []
     try:
+        for i in range(1, shares):
+            try:
+                others.append(pool.submit(run, bounds[i], bounds[i + 1]))
+            except RuntimeError:  # the interpreter is about to end, and starts no more threads
+                run(bounds[i], bounds[i + 1])
         run(bounds[0], bounds[1])
     finally:
         # Wait in any case: the arrays must not change hands while a share is still written.

@@ -180,8 +180,8 @@ def assert_parity(
     DeviceError
         If a device in `devices` cannot be used.
     ValueError
-        If a tolerance is negative, `devices` is empty or names one twice, or `fn` returned nothing
-        and wrote to no argument.
+        If a tolerance is negative, `devices` is empty or names one twice, or `fn` returned nothing,
+        or nothing but empty arrays, and wrote to no argument.
     TypeError
         If `fn` returned anything else than the above.
 
@@ -272,6 +272,8 @@ def _run(
     counted = frozenset({*results, *written})
     if not counted:
         raise ValueError(f"{function} returned nothing and wrote to no argument")
+    if not any(np.size({**results, **left}[name]) for name in counted):
+        raise ValueError(f"{function} gave no value to compare: what it returned is empty")
     return _Run(function, device, device.name + how, {**results, **left}, counted)
 
 

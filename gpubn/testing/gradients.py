@@ -93,6 +93,10 @@ def check_gradients(
         if not 0 < value < float("inf"):
             raise ValueError(f"{option} is {value}, expected a positive number")
     positions = _differentiable(inputs)
+    for position in positions:
+        shape = inputs[position].shape
+        if 0 in shape:
+            raise ValueError(f"input {position} has shape {shape}, expected values")
     out, cache = _out_and_cache(forward(*_copies(inputs)))
     normal = np.random.default_rng(seed).normal(size=out.shape)
     with scope_of(out):

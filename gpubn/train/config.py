@@ -127,8 +127,8 @@ class RunConfig:
             raise type(error)(f"{source}: {error}") from error
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> RunConfig:
-        """Read a TOML file.
+    def read(cls, path: str | os.PathLike[str], **defaults: Any) -> RunConfig:
+        """Read a TOML file; ``defaults`` stand for what is absent from it.
 
         Raises
         ------
@@ -142,7 +142,7 @@ class RunConfig:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is no TOML file: {error}") from error
-        return cls.from_dict(values, name)
+        return cls.from_dict({**defaults, **values}, name)
 
     def to_toml(self) -> str:
         """Return the text of a TOML file that ``read`` reads."""

@@ -110,7 +110,10 @@ class FullyConnectedNet:
         self.seed = None if seed is None else _check.counter("seed", seed, 64)
         self.reproducible = backend.reproducible(reproducible)
         if self.reproducible and self.seed is None:
-            raise ValueError("seed is None, expected a number where the network is reproducible")
+            raise ValueError(
+                "seed is None, expected a number where the network is reproducible "
+                f"(by reproducible=True, or {backend.REPRODUCIBLE_VARIABLE})"
+            )
         self.device = backend.current() if device is None else backend.resolve(device)
         self.num_layers = len(self.hidden_dims) + 1
         self.step = 0

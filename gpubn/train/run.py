@@ -522,7 +522,8 @@ def read_config(folder: str | os.PathLike[str]) -> RunConfig:
     if not path.exists():
         raise RunError(f"{folder} holds no run: there is no {CONFIG} in it")
     try:
-        return RunConfig.read(path)
+        # A run that was begun before there were reproducible ones is none, whatever is asked now.
+        return RunConfig.read(path, reproducible=False)
     except (ValueError, TypeError) as error:
         raise RunError(str(error)) from error
 

@@ -466,3 +466,8 @@ class TestCheckGradients:
     def test_options_are_checked(self, x, option, value):
         with pytest.raises(ValueError, match=f"{option} is {value}, expected a positive number"):
             check_gradients(cubic_forward, cubic_backward, x, x, **{option: value})
+
+
+def test_a_gradient_of_nothing_is_not_checked():
+    with pytest.raises(ValueError, match=r"input 0 has shape \(0, 3\), expected values"):
+        check_gradients(lambda x: (2 * x, None), lambda dout, _: 2 * dout, np.ones((0, 3)))

@@ -114,6 +114,8 @@ class Row:
     op : str
     cases, results, values : int
         How many cases ran, and how many results and single values of them were compared.
+    referred : int
+        How many cases were compared with the float64 reference.
     apart : Finding, optional
         Where two contestants differed most.
     off : Finding, optional
@@ -128,6 +130,7 @@ class Row:
     cases: int = 0
     results: int = 0
     values: int = 0
+    referred: int = 0
     apart: Finding | None = None
     off: Finding | None = None
     failures: list[Finding] = field(default_factory=list)
@@ -198,6 +201,7 @@ def _run_case(case: Case, contestants: Contestants, row: Row) -> None:
         for finding in _differences(case, name, baseline, results):
             row.compared(finding)
     if operation.reference is not None and operation.holds(case):
+        row.referred += 1
         with np.errstate(all="ignore"):
             for result, held in operation.reference(**arguments).items():
                 error = _error(baseline[result], held)

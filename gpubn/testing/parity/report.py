@@ -57,7 +57,7 @@ def table_head() -> list[str]:
         "",
         "apart: the largest distance from the CPU with one thread, in units in the last place;",
         "    0: the same bits",
-        "from float64: the largest error, in units in the last place, and what is accepted",
+        "from float64: the largest error, in those units, and what is accepted; -: no reference",
         "",
         f"{'op':{_OP}}  {'cases':>5}  {'apart':>5}  {'from float64':14}  worst case",
     ]
@@ -89,10 +89,19 @@ def verdict(environment: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     if broken:
         outcome = f"the contract is BROKEN by {', '.join(broken)}. To see the worst cases again:"
     elif all(row.same for row in rows):
-        outcome = "the same bits everywhere, all within their bounds of float64"
+        outcome = "the same bits everywhere"
     else:
         outcome = "the same bits where there were any, but there were ERRORS:"
-    lines = ["", f"{results:,} results of {values:,} values compared: {outcome}"]
+    referred, cases = (sum(getattr(row, name) for row in rows) for name in ("referred", "cases"))
+    beyond = any(f.contestant == REFERENCE for row in rows for f in row.failures)
+    within = "BEYOND their bounds, some of them" if beyond else "all within their bounds"
+    lines = [
+        "",
+        f"{results:,} results of {values:,} values compared: {outcome}",
+        f"{referred:,} of {cases:,} cases compared with float64: {within}"
+        if referred
+        else "no case was compared with float64: of these values there is no reference",
+    ]
     lines += [f"  {row.worst.case.command()}" for row in rows if row.failures and row.worst]
     for error in (error for row in rows for error in row.errors):
         lines += [f"ERROR: {line}" for line in str(error).splitlines()[:1]]

@@ -23,6 +23,7 @@ from gpubn.kernels import for_array
 
 PRODUCTS = ((1024, 1024, 1024), (200, 3072, 100), (50, 784, 512), (50, 512, 256), (50, 256, 10))
 STEPS = {"digits": 64, "mnist": 784, "cifar10": 3072}  # values of a sample
+REST = 0.05  # seconds before a turn: a BLAS's threads wait on their cores for more work
 BATCH, HIDDEN = 50, (512, 256)  # as `gpubn train` has them
 
 
@@ -97,14 +98,18 @@ def steps(device: Device, dtype: str) -> Iterator[Comparison]:
 
 
 def measure(device: Device, comparison: Comparison, seconds: float) -> Row:
-    """Time both ways in turns for about ``seconds``."""
+    """Time both ways in turns, of a few runs each, for about ``seconds``."""
+
+    def turn(run: Callable[[], Any]) -> float:
+        time.sleep(REST)
+        run()
+        return statistics.median(time_once(device, run) for _ in range(5))
+
     default, reproducible = [], []
-    for _ in range(5):
-        comparison.default(), comparison.reproducible()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(default) < 10:
-        default.append(time_once(device, comparison.default))
-        reproducible.append(time_once(device, comparison.reproducible))
+    while time.perf_counter() < end or len(default) < 5:
+        default.append(turn(comparison.default))
+        reproducible.append(turn(comparison.reproducible))
     ratio = statistics.median(b / a for a, b in zip(default, reproducible, strict=True))
     return Row(
         comparison.what,

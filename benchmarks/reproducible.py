@@ -98,12 +98,15 @@ def steps(device: Device, dtype: str) -> Iterator[Comparison]:
 
 
 def measure(device: Device, comparison: Comparison, seconds: float) -> Row:
-    """Time both ways in turns, of a few runs each, for about ``seconds``."""
+    """Time both ways in turns for about ``seconds``."""
 
     def turn(run: Callable[[], Any]) -> float:
         time.sleep(REST)
-        run()
-        return statistics.median(time_once(device, run) for _ in range(5))
+        for _ in range(2):  # the first time to warm up
+            times, end = [], time.perf_counter() + REST
+            while time.perf_counter() < end or len(times) < 3:
+                times.append(time_once(device, run))
+        return statistics.median(times)
 
     default, reproducible = [], []
     end = time.perf_counter() + seconds

@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from gpubn.backend import Array
 from gpubn.kernels.compile_numba import compiled, plain
-from gpubn.kernels.threads import get_num_threads, split
+from gpubn.kernels.threads import split
 
 TILE_ROWS = 6  # with 16 float32 columns they fill the registers of AVX2, and of AVX-512 half
 VECTOR_BYTES = 64
@@ -35,7 +35,7 @@ def matmul(a: Array, b: Array) -> Array:
     depth = a.shape[1]
     panels, tiles = -(-columns // width), -(-rows // TILE_ROWS)
     work = rows * columns * depth // 32  # in the time that it takes, in elements that are mapped
-    if panels >= min(tiles, get_num_threads()):
+    if panels >= tiles:  # what is not split, every thread copies for itself
         split(
             lambda i, j: _multiply(
                 *arrays, depth, 0, rows, i * width, min(j * width, columns), width

@@ -98,12 +98,12 @@ _COMPILED_ONLY = "gpubn's exp and log need Numba's compiler; is NUMBA_DISABLE_JI
 
 def exp_of(x: Any) -> Any:
     """Return exp of a float32 or float64; for compiled code."""
-    raise NotImplementedError(_COMPILED_ONLY)
+    raise RuntimeError(_COMPILED_ONLY)
 
 
 def log_of(x: Any) -> Any:
     """Return log of a float32 or float64; for compiled code."""
-    raise NotImplementedError(_COMPILED_ONLY)
+    raise RuntimeError(_COMPILED_ONLY)
 
 
 @overload(exp_of, jit_options=OPTIONS)

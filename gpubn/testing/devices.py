@@ -262,7 +262,7 @@ def _run(
         arguments = _map_arrays(lambda array: device.asarray(array.copy()), given)
         try:
             result = fn(*arguments["args"], **arguments["kwargs"])
-        except Exception as error:
+        except Exception as error:  # whatever it is, it goes on, with a note of where it was
             error.add_note(f"assert_parity: {function} was running on {device.name}{how}")
             raise
         results = dict(_results(result))

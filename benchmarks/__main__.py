@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import gpubn
 from benchmarks import bench_batchnorm, bench_layernorm
-from benchmarks.harness import QUICK_SHAPES, SHAPES, environment, measure, write_csv
+from benchmarks.harness import QUICK_SHAPES, SHAPES, command_line, environment, measure, write_csv
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter runs")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    options = parser.parse_args()
+    options = command_line("python -m benchmarks", __doc__).parse_args()
 
     with gpubn.use(options.device) as device:
         facts = environment(device)
-        for name, value in facts.items():
-            print(f"{name}: {value}")
         print(f"{'op':<20} {'shape':>14} {'median µs':>11} {'GB/s':>8} {'of copy':>8}", flush=True)
         shapes = QUICK_SHAPES if options.quick else SHAPES
         rows = []
@@ -37,7 +27,6 @@ def main() -> None:
                 )
     if options.out:
         write_csv(options.out, rows, facts)
-        print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import datetime
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ class Row:
     p80_us: float
     gb_per_s: float
     of_copy: float
+
+
+def command_line(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the flags that every benchmark has."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    parser.add_argument("--quick", action="store_true", help="shorter, and with fewer shapes")
+    parser.add_argument("--out", type=Path, help="CSV file to write")
+    return parser
 
 
 def time_once(device: Device, run: Callable[[], Any]) -> float:
@@ -99,7 +110,7 @@ def measure(device: Device, cases: Iterable[Case], seconds: float) -> Iterator[R
 
 
 def environment(device: Device) -> dict[str, str]:
-    """Describe what was measured on."""
+    """Describe what is measured on, and print it."""
     import numba
 
     facts = {
@@ -118,10 +129,12 @@ def environment(device: Device) -> dict[str, str]:
         facts["gpu"] = runtime.getDeviceProperties(device.index)["name"].decode()
         facts["cupy"] = device.xp.__version__
         facts["driver"] = str(runtime.driverGetVersion())
+    for name, value in facts.items():
+        print(f"{name}: {value}", flush=True)
     return facts
 
 
-def write_csv(path: Path, rows: list[Row], facts: dict[str, str]) -> None:
+def write_csv(path: Path, rows: Sequence[Any], facts: dict[str, str]) -> None:
     """Write rows under comment lines that say what they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -129,6 +142,7 @@ def write_csv(path: Path, rows: list[Row], facts: dict[str, str]) -> None:
         writer = csv.DictWriter(file, [*asdict(rows[0])])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    print(f"written to {path}")
 
 
 def _output(*command: str) -> str:

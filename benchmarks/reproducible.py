@@ -6,18 +6,16 @@ and whole training steps.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import gpubn
-from benchmarks.harness import environment, time_once, write_csv
+from benchmarks.harness import command_line, environment, time_once, write_csv
 from gpubn.backend import Device, to_host
 from gpubn.kernels import for_array
 
@@ -125,17 +123,10 @@ def measure(device: Device, comparison: Comparison, seconds: float) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproducible", description=__doc__)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--quick", action="store_true", help="shorter runs")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    options = parser.parse_args()
+    options = command_line("python -m benchmarks.reproducible", __doc__).parse_args()
 
     with gpubn.use(options.device) as device:
         facts = environment(device)
-        for name, value in facts.items():
-            print(f"{name}: {value}")
         print(f"{'what':<16} {'shape':<30} {'default µs':>11} {'reprod. µs':>11} {'ratio':>6}")
         rows = []
         for comparisons in (steps(device, options.dtype), products(device, options.dtype)):
@@ -149,7 +140,6 @@ def main() -> None:
                 )
     if options.out:
         write_csv(options.out, rows, facts)
-        print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

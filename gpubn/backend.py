@@ -118,7 +118,7 @@ def _try_cuda(index: int) -> Probe:
     runtime = cupy.cuda.runtime
     try:
         driver = int(runtime.driverGetVersion())
-    except Exception as error:
+    except Exception as error:  # CuPy's and the driver's own types
         if "InsufficientDriver" not in str(error):
             return Probe(False, f"the NVIDIA driver does not answer: {_one_line(error)}")
         driver = 0  # with no driver at all the runtime says "insufficient" as well
@@ -135,7 +135,7 @@ def _try_cuda(index: int) -> Probe:
                 f"{driver // 1000})",
             )
         count = int(runtime.getDeviceCount())
-    except Exception as error:
+    except Exception as error:  # CuPy's and the driver's own types
         if "InsufficientDriver" in str(error):
             return Probe(
                 False,
@@ -155,7 +155,7 @@ def _try_cuda(index: int) -> Probe:
             result = cupy.asnumpy(double(cupy.full(3, 21, dtype=np.float32)))
         if result.tolist() != [42.0, 42.0, 42.0]:
             return Probe(False, f"a first kernel computed 21 + 21 = {result[0]}", count)
-    except Exception as error:
+    except Exception as error:  # CuPy's and the driver's own types
         return Probe(False, f"a first kernel failed: {_one_line(error)}", count)
     return Probe(True, "a first kernel ran", count)
 

@@ -74,6 +74,20 @@ def device(request: pytest.FixtureRequest) -> Iterator[backend.Device]:
 
 
 @pytest.fixture
+def two_devices() -> Iterator[None]:
+    """The CPU, and the host-run CUDA kernels as a GPU."""
+    with host_cuda():
+        yield
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, whatever this one has."""
+    outcome = backend.Probe(False, "no NVIDIA driver was found")
+    monkeypatch.setattr(backend, "_probes", {0: outcome})
+
+
+@pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that a test can count on: seeded by the test's name."""
     return np.random.default_rng(list(request.node.name.encode()))

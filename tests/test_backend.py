@@ -37,15 +37,15 @@ def fake_cupy(**changes: Any) -> types.ModuleType:
         runtimeGetVersion=lambda: 13000,
         getDeviceCount=lambda: 1,
     )
-    cupy = types.ModuleType("cupy")
-    cupy.ndarray = type("ndarray", (), {})  # type: ignore[attr-defined]
-    device = type("Device", (), {"__init__": lambda self, i: None})
-    device.__enter__ = lambda self: self  # type: ignore[attr-defined]
-    device.__exit__ = lambda self, *error: None  # type: ignore[attr-defined]
-    cupy.cuda = types.SimpleNamespace(runtime=runtime, Device=device)  # type: ignore[attr-defined]
-    cupy.full = np.full  # type: ignore[attr-defined]
-    cupy.asnumpy = np.asarray  # type: ignore[attr-defined]
-    cupy.ElementwiseKernel = lambda *text: lambda x: x + x  # type: ignore[attr-defined]
+    cupy: Any = types.ModuleType("cupy")
+    cupy.ndarray = type("ndarray", (), {})
+    device: Any = type("Device", (), {"__init__": lambda self, i: None})
+    device.__enter__ = lambda self: self
+    device.__exit__ = lambda self, *error: None
+    cupy.cuda = types.SimpleNamespace(runtime=runtime, Device=device)
+    cupy.full = np.full
+    cupy.asnumpy = np.asarray
+    cupy.ElementwiseKernel = lambda *text: lambda x: x + x
     for name, value in changes.items():
         setattr(runtime if hasattr(runtime, name) else cupy, name, value)
     return cupy

@@ -395,7 +395,8 @@ class _Tolerance:
 def _compare_all(first: _Run, others: Sequence[_Run], tolerance: _Tolerance) -> Agreement:
     __tracebackhide__ = True
     agreements = []
-    for other in others:  # no comprehension: pytest would show its frame
+    for other in others:
+        # noqa: a comprehension has a frame of its own, which pytest would show
         agreements.append(_compare(first, other, tolerance))  # noqa: PERF401
     worst = max(agreements, key=lambda agreement: agreement.units)
     return replace(worst, sides=(first.side, *(other.side for other in others)))

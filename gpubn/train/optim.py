@@ -209,7 +209,8 @@ def gradient_norm(grads: Mapping[str, Array]) -> float:
     """
     _check.mapping("grads", grads)
     total = 0.0
-    for name, dw in {"": grads.flat}.items() if isinstance(grads, Parameters) else grads.items():
+    arrays = {"flat": grads.flat} if isinstance(grads, Parameters) else grads
+    for name, dw in arrays.items():
         _check.floating(f"grads[{name!r}]", dw)
         with scope_of(dw):
             total += float(for_array("l2", dw).sum_of_squares(dw))

@@ -5,28 +5,16 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import host_cuda
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gpubn
 from gpubn import backend
-from gpubn.backend import Probe, namespace
+from gpubn.backend import namespace
 from gpubn.testing import Agreement, NoSecondDevice, assert_parity, ulp_distance
 from gpubn.testing.tolerance import BOUNDS
 
 FLOATS = [np.float16, np.float32, np.float64]
-
-
-@pytest.fixture
-def two_devices():
-    with host_cuda():
-        yield
-
-
-@pytest.fixture
-def no_cuda(monkeypatch):
-    monkeypatch.setattr(backend, "_probes", {0: Probe(False, "no NVIDIA driver was found")})
 
 
 def on_gpu(x):

@@ -6,10 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import host_cuda
-
-from gpubn import backend
-from gpubn.backend import Probe
 
 pytest_plugins = ["pytester"]
 
@@ -19,17 +15,6 @@ README = Path(__file__).parents[2] / "README.md"
     if "def gelu_forward" in block
 )  # fmt: skip
 STRICT = ["-p", "no:cacheprovider", "-W", "error", "--strict-markers", "--strict-config"]
-
-
-@pytest.fixture
-def two_devices():
-    with host_cuda():
-        yield
-
-
-@pytest.fixture
-def no_cuda(monkeypatch):
-    monkeypatch.setattr(backend, "_probes", {0: Probe(False, "no NVIDIA driver was found")})
 
 
 @pytest.fixture

@@ -92,23 +92,24 @@ def verdict(environment: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         outcome = "the same bits everywhere"
     else:
         outcome = "the same bits where there were any, but there were ERRORS:"
-    referred, cases = (sum(getattr(row, name) for row in rows) for name in ("referred", "cases"))
-    beyond = any(f.contestant == REFERENCE for row in rows for f in row.failures)
-    within = "BEYOND their bounds, some of them" if beyond else "all within their bounds"
-    lines = [
-        "",
-        f"{results:,} results of {values:,} values compared: {outcome}",
-        f"{referred:,} of {cases:,} cases compared with float64: {within}"
-        if referred
-        else "no case was compared with float64: of these values there is no reference",
-    ]
+    lines = ["", f"{results:,} results of {values:,} values compared: {outcome}"]
     lines += [f"  {row.worst.case.command()}" for row in rows if row.failures and row.worst]
     for error in (error for row in rows for error in row.errors):
         lines += [f"ERROR: {line}" for line in str(error).splitlines()[:1]]
         lines += [f"  {line}" for line in str(error).splitlines()[1:]]
+    lines.append(_against_float64(rows))
     if list(environment["devices"]) == ["cpu"]:
         lines.append("no CUDA device took part")
     return lines
+
+
+def _against_float64(rows: Sequence[Row]) -> str:
+    referred, cases = (sum(getattr(row, name) for row in rows) for name in ("referred", "cases"))
+    if not referred:
+        return "no case was compared with float64: of these values there is no reference"
+    beyond = any(failure.contestant == REFERENCE for row in rows for failure in row.failures)
+    within = "some BEYOND their bounds" if beyond else "all within their bounds"
+    return f"{referred:,} of {cases:,} cases compared with float64: {within}"
 
 
 def as_json(environment: Mapping[str, Any], rows: Sequence[Row]) -> bytes:

@@ -1,19 +1,33 @@
-"""Batch norm of ``x (N, D)`` over its rows, on CUDA. The formulas are in batchnorm.cuh."""
+"""Batch norm of ``x (I, B, C, S)`` over its samples, on CUDA. The formulas are in batchnorm.cuh."""
 
 import cupy
+import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_cuda import gradient_sums, merge_parts, reduce_columns
-from gpubn.kernels.compile_cuda import contiguous, kernel, source
+from gpubn.kernels.compile_cuda import Elementwise, contiguous, source
+from gpubn.kernels.samples_cuda import merge_parts, reduce_channels
+from gpubn.kernels.statistics import Gradients, Statistics, accumulator
 
-_SOURCE = source("real", "columns", "batchnorm")
+_SOURCE = source("real", "samples", "batchnorm")
 
-_middle = cupy.ElementwiseKernel(
-    "T first, T central, T last",
+# A channel's number among those of all instances, for element i of x.
+_CHANNEL = "long long c = i / instance * channels + i / inner % channels;"
+_PLACE = "int64 instance, int64 channels, int64 inner"
+_STATISTICS = "raw T shift, raw T mean"
+
+_middle = Elementwise(
+    "raw S x, int64 batch, int64 channels, int64 inner",
     "T shift",
-    "shift = gpubn::middle<T>(first, central, last)",
+    """
+    gpubn::Shape shape = {batch, channels, inner};
+    long long samples = batch * inner;
+    gpubn::Walk first(shape, i, 0), central(shape, i, samples / 2), last(shape, i, samples - 1);
+    shift = gpubn::middle<REAL>(gpubn::load<STORED>(x[first.at]).v,
+                                gpubn::load<STORED>(x[central.at]).v,
+                                gpubn::load<STORED>(x[last.at]).v);
+    """,
     "gpubn_batchnorm_shift",
-    preamble=_SOURCE,
+    _SOURCE,
 )
 
 _statistics = cupy.ElementwiseKernel(
@@ -28,136 +42,241 @@ _statistics = cupy.ElementwiseKernel(
 )
 
 _running = cupy.ElementwiseKernel(
-    "T running_mean, T running_var, T shift, T mean, T var, T momentum, T complement",
+    "T running_mean, T running_var, T shift, T mean, T var, T momentum, T complement, T correction",
     "T next_mean, T next_var",
     """
-    T sample_mean = (gpubn::real<T>(shift) + gpubn::real<T>(mean)).v;
+    gpubn::real<T> sample_mean = gpubn::real<T>(shift) + gpubn::real<T>(mean);
+    gpubn::real<T> sample_var = gpubn::real<T>(var) * gpubn::real<T>(correction);
     next_mean = gpubn::running_update<T>(running_mean, sample_mean, momentum, complement);
-    next_var = gpubn::running_update<T>(running_var, var, momentum, complement);
+    next_var = gpubn::running_update<T>(running_var, sample_var, momentum, complement);
     """,
     "gpubn_batchnorm_running",
     preamble=_SOURCE,
 )
 
-_normalize = cupy.ElementwiseKernel(
-    "T x, T shift, T mean, T scale, T beta",
-    "T out",
-    "out = gpubn::batchnorm_normalize<T>(x, shift, mean, scale, beta)",
+_normalize = Elementwise(
+    f"S x, {_STATISTICS}, raw T scale, raw T beta, {_PLACE}",
+    "S out",
+    f"{_CHANNEL} out = gpubn::batchnorm_normalize<STORED>(x, shift[c], mean[c], scale[c], beta[c])",
     "gpubn_batchnorm_normalize",
+    _SOURCE,
+)
+
+_relu = Elementwise(
+    f"S x, {_STATISTICS}, raw T scale, raw T beta, {_PLACE}",
+    "S out",
+    f"{_CHANNEL} out = gpubn::batchnorm_relu<STORED>(x, shift[c], mean[c], scale[c], beta[c])",
+    "gpubn_batchnorm_relu",
+    _SOURCE,
+)
+
+_add_relu = Elementwise(
+    f"S x, S residual, {_STATISTICS}, raw T scale, raw T beta, {_PLACE}",
+    "S out",
+    f"{_CHANNEL} out = gpubn::batchnorm_add_relu<STORED>"
+    "(x, residual, shift[c], mean[c], scale[c], beta[c])",
+    "gpubn_batchnorm_add_relu",
+    _SOURCE,
+)
+
+_gradients = cupy.ElementwiseKernel(
+    "T scale, T dgamma, T dbeta, int64 samples",
+    "T constant, T slope",
+    """
+    gpubn::real<T> count((long long)samples), s(scale);
+    constant = (s * (gpubn::real<T>(dbeta) / count)).v;
+    slope = (s * (gpubn::real<T>(dgamma) / count)).v;
+    """,
+    "gpubn_batchnorm_gradients",
     preamble=_SOURCE,
 )
 
-_over_n = cupy.ElementwiseKernel(
-    "T dgamma, T dbeta, int64 rows",
-    "T dgamma_over_n, T dbeta_over_n",
-    """
-    gpubn::real<T> count((long long)rows);
-    dgamma_over_n = (gpubn::real<T>(dgamma) / count).v;
-    dbeta_over_n = (gpubn::real<T>(dbeta) / count).v;
-    """,
-    "gpubn_batchnorm_over_n",
-    preamble=_SOURCE,
-)
-
-_dx = cupy.ElementwiseKernel(
-    "T dout, T x, T shift, T mean, T invstd, T scale, T dgamma_over_n, T dbeta_over_n",
-    "T dx",
-    """
-    dx = gpubn::batchnorm_dx<T>(dout, x, shift, mean, invstd, scale, dgamma_over_n, dbeta_over_n)
-    """,
+_dx = Elementwise(
+    f"S dout, S x, {_STATISTICS}, raw T invstd, raw T scale, raw T constant, raw T slope, {_PLACE}",
+    "S dx",
+    f"{_CHANNEL} dx = gpubn::batchnorm_dx<STORED>(gpubn::load<STORED>(dout), x, "
+    "shift[c], mean[c], invstd[c], scale[c], constant[c], slope[c])",
     "gpubn_batchnorm_dx",
-    preamble=_SOURCE,
+    _SOURCE,
 )
 
-_dx_fixed = cupy.ElementwiseKernel(
-    "T dout, T scale",
-    "T dx",
-    "dx = (gpubn::real<T>(dout) * gpubn::real<T>(scale)).v",
+_relu_dx = Elementwise(
+    f"S dout, S x, {_STATISTICS}, raw T invstd, raw T scale, raw T beta, raw T constant, "
+    f"raw T slope, {_PLACE}",
+    "S dx",
+    f"""
+    {_CHANNEL}
+    auto g = gpubn::batchnorm_relu_gradient<STORED>(dout, x, shift[c], mean[c], scale[c], beta[c]);
+    dx = gpubn::batchnorm_dx<STORED>(g, x, shift[c], mean[c], invstd[c], scale[c], constant[c],
+                                     slope[c]);
+    """,
+    "gpubn_batchnorm_relu_dx",
+    _SOURCE,
+)
+
+_dx_fixed = Elementwise(
+    f"S dout, raw T scale, {_PLACE}",
+    "S dx",
+    f"{_CHANNEL} dx = gpubn::store<STORED>"
+    "(gpubn::load<STORED>(dout) * gpubn::real<REAL>(scale[c]))",
     "gpubn_batchnorm_dx_fixed",
-    preamble=_SOURCE,
+    _SOURCE,
+)
+
+_relu_dx_fixed = Elementwise(
+    f"S dout, S x, {_STATISTICS}, raw T scale, raw T beta, {_PLACE}",
+    "S dx",
+    f"""
+    {_CHANNEL}
+    auto g = gpubn::batchnorm_relu_gradient<STORED>(dout, x, shift[c], mean[c], scale[c], beta[c]);
+    dx = gpubn::store<STORED>(g * gpubn::real<REAL>(scale[c]));
+    """,
+    "gpubn_batchnorm_relu_dx_fixed",
+    _SOURCE,
 )
 
 
 def shift(x: Array) -> Array:
-    """Return K ``(D,)``: of every column, the middle value of its first, central and last row."""
-    rows = x.shape[0]
-    return _middle(x[0], x[rows // 2], x[rows - 1])
+    """Return K ``(I * C,)``: of every channel, the middle one of three of its samples.
+
+    They are the first, the central and the last one.
+    """
+    (x,) = contiguous(x)
+    instances, batch, channels, inner = x.shape
+    out = cupy.empty(instances * channels, accumulator(x))
+    _middle(x.dtype, x.reshape(-1), batch, channels, inner, out)
+    return out
 
 
 def moments(x: Array, shift: Array) -> tuple[Array, Array]:
-    """Return the mean and the biased variance ``(D,)`` of ``x - shift`` over the rows."""
-    x, shift = contiguous(x, shift)
-    tiles_kernel = kernel(_SOURCE, "batchnorm_moments", x.dtype)
-    merge = kernel(_SOURCE, "merge_moments", x.dtype)
-    mean, var = reduce_columns(tiles_kernel, (x, shift), x, merge, 2)
+    """Return the mean and the biased variance ``(I * C,)`` of ``x - shift`` over the samples."""
+    arrays = contiguous(x, shift)
+    mean, var = reduce_channels(_SOURCE, "batchnorm_moments", x, arrays, "merge_moments", 2)
     return mean, var
 
 
 def merge_moments(mean: Array, var: Array, part_rows: int, rows: int) -> tuple[Array, Array]:
-    """Merge the moments ``(P, D)`` of parts after one common shift, as if taken over all rows.
+    """Merge the moments ``(P, C)`` of parts after one common shift, as if taken over all samples.
 
-    Every part has ``part_rows`` rows, the last one what is left of ``rows``. Where ``part_rows`` is
-    8 times a power of two, the result has the bits of ``moments`` over the rows together.
+    Every part has ``part_rows`` samples, the last one what is left of ``rows``. Where ``part_rows``
+    is 8 times a power of two, the result has the bits of ``moments`` over the samples together.
 
     Raises
     ------
     ValueError
-        There are not as many parts as the rows make.
+        There are not as many parts as the samples make.
     """
     if mean.shape != var.shape or len(mean) != -(-rows // part_rows):
         raise ValueError(
             f"mean has shape {mean.shape} and var {var.shape}, expected {-(-rows // part_rows)} "
             f"parts of both: {rows} rows in parts of {part_rows}"
         )
-    merge = kernel(_SOURCE, "merge_moments", mean.dtype)
-    merged = merge_parts(merge, cupy.stack([mean, var]), part_rows, rows)
+    (parts,) = contiguous(cupy.stack([mean, var]))
+    merged = merge_parts("merge_moments", parts, part_rows, rows)
     return merged[0], merged[1]
 
 
 def statistics(var: Array, gamma: Array, eps: float) -> tuple[Array, Array]:
-    """Return ``invstd = 1 / sqrt(var + eps)`` and ``scale = gamma * invstd``, each ``(D,)``."""
+    """Return ``invstd = 1 / sqrt(var + eps)`` and ``scale = gamma * invstd``, of var's shape."""
     invstd, scale = _statistics(var, gamma, eps)
     return invstd, scale
 
 
 def running_update(
-    running_mean: Array, running_var: Array, shift: Array, mean: Array, var: Array, momentum: float
+    running_mean: Array,
+    running_var: Array,
+    shift: Array,
+    mean: Array,
+    var: Array,
+    momentum: float,
+    correction: float = 1.0,
 ) -> tuple[Array, Array]:
-    """Return ``momentum * running + (1 - momentum) * sample`` for the mean and the variance."""
+    """Return ``momentum * running + (1 - momentum) * sample`` for the mean and the variance.
+
+    The sample's variance is ``var * correction``: N / (N - 1) where it is to be unbiased.
+    """
     next_mean, next_var = _running(
-        running_mean, running_var, shift, mean, var, momentum, 1.0 - momentum
+        running_mean, running_var, shift, mean, var, momentum, 1.0 - momentum, correction
     )
     return next_mean, next_var
 
 
-def normalize(x: Array, shift: Array, mean: Array, scale: Array, beta: Array) -> Array:
-    """Return ``((x - shift) - mean) * scale + beta``, ``(N, D)``."""
-    return _normalize(x, shift, mean, scale, beta, cupy.empty(x.shape, x.dtype))
+def normalize(
+    x: Array, statistics: Statistics, residual: Array | None = None, relu: bool = False
+) -> Array:
+    """Return ``((x - shift) - mean) * scale + beta``, of x's shape.
+
+    With ``relu`` that of ReLU after it; with a ``residual``, of ReLU after their sum.
+    """
+    shift, mean, _, scale, beta = contiguous(*statistics)
+    out = cupy.empty(x.shape, x.dtype)
+    (x,) = contiguous(x)
+    channels = (shift, mean, scale, beta, *_place(x))
+    if residual is not None:
+        _add_relu(x.dtype, x, *contiguous(residual), *channels, out)
+    else:
+        (_relu if relu else _normalize)(x.dtype, x, *channels, out)
+    return out
 
 
 def backward_sums(
-    dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
+    dout: Array, x: Array, statistics: Statistics, relu: bool = False
 ) -> tuple[Array, Array]:
-    """Return dgamma and dbeta ``(D,)``: the sums over rows of ``dout * xhat`` and of ``dout``."""
-    return gradient_sums(dout, x, shift, mean, invstd, per_row=False)
+    """Return the sums ``(I * C,)`` over the samples of ``g * xhat`` and of ``g``.
+
+    ``g`` is ``dout``; with ``relu`` it is 0 where the normalized output was not above 0.
+    """
+    shift, mean, invstd, scale, beta = statistics
+    arrays = contiguous(dout, x, shift, mean, invstd, *((scale, beta) if relu else ()))
+    name = "batchnorm_relu_sums" if relu else "batchnorm_sums"
+    dgamma, dbeta = reduce_channels(_SOURCE, name, x, arrays, "merge_sums", 2)
+    return dgamma, dbeta
+
+
+def backward_sums_add_relu(
+    dout: Array, out: Array, x: Array, statistics: Statistics
+) -> tuple[Array, Array, Array]:
+    """Return the sums of ``g * xhat`` and ``g``, and ``g``: ``dout`` where ``out > 0``, else 0."""
+    dresidual = cupy.empty(x.shape, x.dtype)
+    dout, out, *channels = contiguous(dout, out, x, *statistics[:3])
+    arrays = (dout, out, dresidual, *channels)
+    name = "batchnorm_add_relu_sums"
+    dgamma, dbeta = reduce_channels(_SOURCE, name, x, arrays, "merge_sums", 2)
+    return dgamma, dbeta, dresidual
+
+
+def gradients(scale: Array, dgamma: Array, dbeta: Array, samples: int) -> Gradients:
+    """Return ``scale * (dbeta / N)`` and ``scale * (dgamma / N)``, for sums over N samples."""
+    constant, slope = _gradients(scale, dgamma, dbeta, samples)
+    return Gradients(constant, slope)
 
 
 def backward_dx(
-    dout: Array,
-    x: Array,
-    shift: Array,
-    mean: Array,
-    invstd: Array,
-    scale: Array,
-    dgamma: Array,
-    dbeta: Array,
-    rows: int,
+    dout: Array, x: Array, statistics: Statistics, gradients: Gradients, relu: bool = False
 ) -> Array:
-    """Return dx ``(N, D)``, where the sums dgamma and dbeta run over ``rows`` rows."""
-    over_n = _over_n(dgamma, dbeta, rows)
-    return _dx(dout, x, shift, mean, invstd, scale, *over_n, cupy.empty(x.shape, x.dtype))
+    """Return dx, of x's shape, from the sums' shares in it; ``relu`` as in ``backward_sums``."""
+    shift, mean, invstd, scale, beta = contiguous(*statistics)
+    dx = cupy.empty(x.shape, x.dtype)
+    dout, x, *sums = contiguous(dout, x, *gradients)
+    if relu:
+        _relu_dx(x.dtype, dout, x, shift, mean, invstd, scale, beta, *sums, *_place(x), dx)
+    else:
+        _dx(x.dtype, dout, x, shift, mean, invstd, scale, *sums, *_place(x), dx)
+    return dx
 
 
-def backward_dx_fixed(dout: Array, scale: Array) -> Array:
-    """Return dx ``(N, D)`` where the statistics were given, as in test mode: ``dout * scale``."""
-    return _dx_fixed(dout, scale, cupy.empty(dout.shape, dout.dtype))
+def backward_dx_fixed(dout: Array, x: Array, statistics: Statistics, relu: bool = False) -> Array:
+    """Return dx where the statistics were given, as in test mode: ``g * scale``."""
+    shift, mean, _, scale, beta = contiguous(*statistics)
+    dx = cupy.empty(x.shape, x.dtype)
+    dout, x = contiguous(dout, x)
+    if relu:
+        _relu_dx_fixed(x.dtype, dout, x, shift, mean, scale, beta, *_place(x), dx)
+    else:
+        _dx_fixed(x.dtype, dout, scale, *_place(x), dx)
+    return dx
+
+
+def _place(x: Array) -> tuple[np.int64, ...]:
+    _, batch, channels, inner = x.shape
+    return np.int64(batch * channels * inner), np.int64(channels), np.int64(inner)

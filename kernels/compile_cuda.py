@@ -1,5 +1,6 @@
 """Compile the .cuh text beside this file with CuPy, each kernel when it is first called."""
 
+import re
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -9,7 +10,13 @@ import numpy as np
 
 from gpubn.backend import Array
 
-_C_NAMES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double"}
+# How arrays of a dtype are stored: a kernel's template argument (real.cuh).
+_STORAGE = {
+    "float32": "float",
+    "float64": "double",
+    "float16": "gpubn::f16",
+    "bfloat16": "gpubn::bf16",
+}
 
 
 @cache
@@ -22,8 +29,51 @@ def source(*names: str) -> str:
 @cache
 def kernel(text: str, name: str, dtype: np.dtype[Any], *arguments: int) -> cupy.RawKernel:
     """Return ``name<dtype, *arguments>``, a template in ``text``."""
-    instance = f"gpubn::{name}<{', '.join([_C_NAMES[dtype], *map(str, arguments)])}>"
+    instance = f"gpubn::{name}<{', '.join([_STORAGE[dtype.name], *map(str, arguments)])}>"
     return cupy.RawModule(code=text, name_expressions=[instance]).get_function(instance)
+
+
+class Elementwise:
+    """An ElementwiseKernel for each dtype of its arrays, half precision among them.
+
+    Parameters of type ``S`` are values as they are stored, those of type ``T`` what is computed
+    with. The operation writes ``STORED`` and ``REAL`` for the preamble's template arguments.
+    """
+
+    def __init__(
+        self, in_params: str, out_params: str, operation: str, name: str, preamble: str
+    ) -> None:
+        self._texts = (in_params, out_params, operation)
+        self._name, self._preamble = name, preamble
+        self._kernels: dict[str, cupy.ElementwiseKernel] = {}
+
+    def __call__(self, dtype: np.dtype[Any], *arguments: Any) -> None:
+        """Run the kernel for arrays of ``dtype``; the outputs are among the arguments."""
+        kernel = self._kernels.get(dtype.name)
+        if kernel is None:
+            kernel = self._kernels[dtype.name] = self._kernel(dtype)
+        if dtype.itemsize == 2:
+            arguments = tuple(_bits(argument, dtype) for argument in arguments)
+        kernel(*arguments)
+
+    def _kernel(self, dtype: np.dtype[Any]) -> cupy.ElementwiseKernel:
+        half = dtype.itemsize == 2
+        # Half precision travels as bits: CuPy has little arithmetic for bfloat16, and needs none.
+        types = {"S": "uint16", "T": "float32"} if half else {"S": dtype.name, "T": dtype.name}
+        words = {"STORED": _STORAGE[dtype.name], "REAL": "float" if half else _STORAGE[dtype.name]}
+        in_params, out_params, operation = self._texts
+        return cupy.ElementwiseKernel(
+            re.sub(r"\b[ST]\b", lambda match: types[match[0]], in_params),
+            re.sub(r"\b[ST]\b", lambda match: types[match[0]], out_params),
+            re.sub(r"\b(STORED|REAL)\b", lambda match: words[match[0]], operation),
+            f"{self._name}_{dtype.name}",
+            preamble=self._preamble,
+        )
+
+
+def _bits(argument: Any, dtype: np.dtype[Any]) -> Any:
+    stored = isinstance(argument, cupy.ndarray) and argument.dtype == dtype
+    return argument.view(np.uint16) if stored else argument
 
 
 def contiguous(*arrays: Array) -> tuple[Array, ...]:

@@ -23,11 +23,13 @@ __device__ inline unsigned dropout_word(unsigned long long element, unsigned lon
 }
 
 // x * scale where the element's word is below threshold = round(p * 2^32), else +0.
-template <class T>
-__device__ inline T dropout(T x, unsigned long long element, T scale, unsigned long long threshold,
-                            unsigned long long seed, unsigned stream, unsigned step) {
+template <class S, class T>
+__device__ inline raw_of<S> dropout(raw_of<S> x, unsigned long long element, T scale,
+                                    unsigned long long threshold, unsigned long long seed, unsigned stream,
+                                    unsigned step) {
+    real<T> zero = {};
     bool kept = dropout_word(element, seed, stream, step) < threshold;
-    return kept ? (real<T>(x) * real<T>(scale)).v : (T)0;
+    return store<S>(kept ? load<S>(x) * real<T>(scale) : zero);
 }
 
 }  // namespace gpubn

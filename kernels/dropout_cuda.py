@@ -4,14 +4,15 @@ import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_cuda import contiguous, source
+from gpubn.kernels.compile_cuda import Elementwise, contiguous, source
+from gpubn.kernels.statistics import accumulator
 
-_apply = cupy.ElementwiseKernel(
-    "T x, T scale, uint64 threshold, uint64 seed, uint32 stream, uint32 step_",
-    "T out",
-    "out = gpubn::dropout<T>(x, i, scale, threshold, seed, stream, step_)",
+_apply = Elementwise(
+    "S x, T scale, uint64 threshold, uint64 seed, uint32 stream, uint32 step_",
+    "S out",
+    "out = gpubn::dropout<STORED>(x, i, scale, threshold, seed, stream, step_)",
     "gpubn_dropout",
-    preamble=source("real", "dropout"),
+    source("real", "dropout"),
 )
 
 
@@ -24,5 +25,6 @@ def apply(x: Array, p: float, seed: int, stream: int, step: int) -> Array:
     (x,) = contiguous(x)  # the mask follows the C order of the elements
     threshold = np.uint64(round(p * 2**32))
     key = (np.uint64(seed), np.uint32(stream), np.uint32(step))
-    out = _apply(x, x.dtype.type(1 / p), threshold, *key, cupy.empty(x.shape, x.dtype))
+    out = cupy.empty(x.shape, x.dtype)
+    _apply(x.dtype, x, accumulator(x).type(1 / p), threshold, *key, out)
     return out.reshape(shape)

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_numba import compiled, plain
+from gpubn.kernels.compile_numba import compiled
+from gpubn.kernels.real_numba import narrow, stored, widen
+from gpubn.kernels.statistics import accumulator
 from gpubn.kernels.threads import split
 
 BLOCKS = 256  # blocks of four words that are drawn together
@@ -16,12 +18,12 @@ def apply(x: Array, p: float, seed: int, stream: int, step: int) -> Array:
 
     The same call on ``dout`` is the backward pass.
     """
-    (x,) = plain(x)
-    out = np.empty_like(x)
+    out = np.empty(x.shape, x.dtype)
     threshold = np.uint64(round(p * 2**32))
     key = (np.uint64(seed), np.uint32(stream), np.uint32(step))
-    flat = (x.reshape(-1), out.reshape(-1), x.dtype.type(1 / p), threshold)
-    split(lambda a, b: _apply(*flat, *key, a, b), -(-x.size // 4), x.size)
+    flat = (array.reshape(-1) for array in stored(x, out))
+    arguments = (*flat, accumulator(x).type(1 / p), threshold, *key)
+    split(lambda a, b: _apply(*arguments, a, b), -(-x.size // 4), x.size)
     return out
 
 
@@ -71,10 +73,10 @@ def _apply(
         full = (b - a) // 4
         for j in range(full):
             i = 4 * j
-            y[i] = xb[i] * scale if w0[j] < threshold else zero
-            y[i + 1] = xb[i + 1] * scale if w1[j] < threshold else zero
-            y[i + 2] = xb[i + 2] * scale if w2[j] < threshold else zero
-            y[i + 3] = xb[i + 3] * scale if w3[j] < threshold else zero
+            y[i] = narrow(widen(xb[i]) * scale, y) if w0[j] < threshold else zero
+            y[i + 1] = narrow(widen(xb[i + 1]) * scale, y) if w1[j] < threshold else zero
+            y[i + 2] = narrow(widen(xb[i + 2]) * scale, y) if w2[j] < threshold else zero
+            y[i + 3] = narrow(widen(xb[i + 3]) * scale, y) if w3[j] < threshold else zero
         for k in range(b - a - 4 * full):
             i = 4 * full + k
-            y[i] = xb[i] * scale if words[k, full] < threshold else zero
+            y[i] = narrow(widen(xb[i]) * scale, y) if words[k, full] < threshold else zero

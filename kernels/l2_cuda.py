@@ -3,18 +3,8 @@
 import cupy
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_cuda import LANES, column_sum
-from gpubn.kernels.compile_cuda import contiguous, kernel, source
-
-_SOURCE = source("real", "columns", "rows", "l2")
-
-_square = cupy.ElementwiseKernel(
-    "T x",
-    "T out",
-    "out = (gpubn::real<T>(x) * gpubn::real<T>(x)).v",
-    "gpubn_square",
-    preamble=source("real"),
-)
+from gpubn.kernels.compile_cuda import contiguous, source
+from gpubn.kernels.samples_cuda import square_sum
 
 _add_scaled = cupy.ElementwiseKernel(
     "T y, T x, T factor",
@@ -26,14 +16,9 @@ _add_scaled = cupy.ElementwiseKernel(
 
 
 def sum_of_squares(x: Array) -> Array:
-    """Return the sum of the squares of all elements, of no dimensions, in the row order."""
+    """Return the sum of the squares of all elements, of no dimensions, in the sample order."""
     (x,) = contiguous(x)
-    squares = cupy.zeros(-(-x.size // LANES) * LANES, x.dtype)
-    _square(x.reshape(-1), squares[: x.size])
-    lanes = column_sum(squares.reshape(-1, LANES))
-    total = cupy.empty((), x.dtype)
-    kernel(_SOURCE, "halve_lanes", x.dtype)((1,), (LANES,), (lanes, total))
-    return total
+    return square_sum(x.reshape(1, 1, 1, -1)).reshape(())
 
 
 def add_scaled(y: Array, x: Array, factor: float) -> None:

@@ -4,10 +4,11 @@ import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_cuda import LANES, gradient_sums
 from gpubn.kernels.compile_cuda import contiguous, kernel, source
+from gpubn.kernels.samples_cuda import THREADS, reduce_channels
+from gpubn.kernels.statistics import accumulator
 
-_SOURCE = source("real", "columns", "rows", "layernorm")
+_SOURCE = source("real", "samples", "layernorm")
 
 
 def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array, Array]:
@@ -15,11 +16,11 @@ def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Arr
     x, gamma, beta = contiguous(x, gamma, beta)
     rows, columns = x.shape
     out = cupy.empty(x.shape, x.dtype)
-    shift, mean, invstd = (cupy.empty(rows, x.dtype) for _ in range(3))
-    square_scale = 0.5 ** (columns - 1).bit_length()
-    scalars = (np.int64(columns), x.dtype.type(eps), x.dtype.type(square_scale))
+    shift, mean, invstd = (cupy.empty(rows, accumulator(x)) for _ in range(3))
     kernel(_SOURCE, "layernorm_forward", x.dtype)(
-        (rows,), (LANES,), (x, gamma, beta, out, shift, mean, invstd, *scalars)
+        (rows,),
+        (THREADS,),
+        (x, gamma, beta, out, shift, mean, invstd, np.int64(columns), accumulator(x).type(eps)),
     )
     return out, shift, mean, invstd
 
@@ -32,7 +33,7 @@ def backward_dx(
     dx = cupy.empty(x.shape, x.dtype)
     kernel(_SOURCE, "layernorm_backward_dx", x.dtype)(
         (x.shape[0],),
-        (LANES,),
+        (THREADS,),
         (dout, x, gamma, shift, mean, invstd, dx, np.int64(x.shape[1])),
     )
     return dx
@@ -42,4 +43,14 @@ def backward_sums(
     dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
 ) -> tuple[Array, Array]:
     """Return dgamma and dbeta ``(D,)``: the sums over rows of ``dout * xhat`` and of ``dout``."""
-    return gradient_sums(dout, x, shift, mean, invstd, per_row=True)
+    return row_gradients(dout, x, shift, mean, invstd)
+
+
+def row_gradients(
+    dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
+) -> tuple[Array, Array]:
+    """Return the sums over rows of ``dout * xhat`` and ``dout``; for statistics of a row each."""
+    columns = x[None, :, :, None]
+    arrays = contiguous(dout, x, shift, mean, invstd)
+    dgamma, dbeta = reduce_channels(_SOURCE, "layernorm_sums", columns, arrays, "merge_sums", 2)
+    return dgamma, dbeta

@@ -5,26 +5,23 @@ from typing import Any
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_numba import gradient_sums
+from gpubn.kernels import columns_numba
+from gpubn.kernels.batchnorm_numba import middle
 from gpubn.kernels.compile_numba import compiled, plain
-from gpubn.kernels.rows_numba import buffer_for, row_sum, scratch_for
+from gpubn.kernels.planes_numba import row_moments, row_sum, workspace
+from gpubn.kernels.real_numba import narrow, stored, widen
+from gpubn.kernels.samples_numba import reduce_channels
+from gpubn.kernels.statistics import accumulator
 from gpubn.kernels.threads import split
 
 
 def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array, Array]:
     """Return out ``(N, D)`` and the rows' shift, mean and invstd, each ``(N,)``."""
-    x, gamma, beta = plain(x, gamma, beta)
-    rows, columns = x.shape
-    out = np.empty_like(x)
-    shift, mean, invstd = (np.empty(rows, x.dtype) for _ in range(3))
-    square_scale = x.dtype.type(0.5 ** (columns - 1).bit_length())
-    split(
-        lambda a, b: _forward(
-            x, gamma, beta, out, shift, mean, invstd, x.dtype.type(eps), square_scale, a, b
-        ),
-        rows,
-        x.size,
-    )
+    rows, real = x.shape[0], accumulator(x)
+    out = np.empty(x.shape, x.dtype)
+    shift, mean, invstd = (np.empty(rows, real) for _ in range(3))
+    arguments = (*stored(x), *plain(gamma, beta), *stored(out), shift, mean, invstd, real.type(eps))
+    split(lambda a, b: _forward(*arguments, a, b), rows, x.size)
     return out, shift, mean, invstd
 
 
@@ -32,9 +29,9 @@ def backward_dx(
     dout: Array, x: Array, gamma: Array, shift: Array, mean: Array, invstd: Array
 ) -> Array:
     """Return dx ``(N, D)``."""
-    arrays = plain(dout, x, gamma, shift, mean, invstd)
-    dx = np.empty_like(arrays[1])
-    split(lambda a, b: _backward_dx(*arrays, dx, a, b), dx.shape[0], dx.size)
+    dx = np.empty(x.shape, x.dtype)
+    arguments = (*stored(dout, x), *plain(gamma, shift, mean, invstd), *stored(dx))
+    split(lambda a, b: _backward_dx(*arguments, a, b), dx.shape[0], dx.size)
     return dx
 
 
@@ -42,7 +39,18 @@ def backward_sums(
     dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
 ) -> tuple[Array, Array]:
     """Return dgamma and dbeta ``(D,)``: the sums over rows of ``dout * xhat`` and of ``dout``."""
-    return gradient_sums(dout, x, shift, mean, invstd, per_row=True)
+    return row_gradients(dout, x, *plain(shift, mean, invstd))
+
+
+def row_gradients(
+    dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
+) -> tuple[Array, Array]:
+    """Return the sums over rows of ``dout * xhat`` and ``dout``; for statistics of a row each."""
+    dout, x = (array[None, :, :, None] for array in (dout, x))
+    arguments = (*stored(dout, x), shift, mean, invstd)
+    kernels = (columns_numba.row_gradients, None)
+    dgamma, dbeta = reduce_channels(kernels, x, arguments, columns_numba.merge_sums, 2)
+    return dgamma, dbeta
 
 
 @compiled
@@ -55,31 +63,20 @@ def _forward(
     mean: Any,
     invstd: Any,
     eps: Any,
-    square_scale: Any,
     first: int,
     last: int,
 ) -> None:
-    real = x.dtype.type
-    columns = x.shape[1]
-    scratch, d, squares = scratch_for(x), buffer_for(x), buffer_for(x)
+    columns, one = x.shape[1], gamma.dtype.type(1)
+    work, d = workspace(gamma), np.empty(columns, gamma.dtype)
     for r in range(first, last):
         xr, y = x[r], out[r]
-        # The middle of three values, as in real.cuh.
-        a, k, c = xr[0], xr[columns // 2], xr[columns - 1]
-        if a > k:
-            a, k = k, a
-        if k > c:
-            k = a if a > c else c
+        k = middle(widen(xr[0]), widen(xr[columns // 2]), widen(xr[columns - 1]))
         for j in range(columns):
-            d[j] = xr[j] - k
-        m = row_sum(d, scratch) / real(columns)
+            d[j] = widen(xr[j]) - k
+        m, var = row_moments(d, work)
+        s = one / np.sqrt(var + eps)
         for j in range(columns):
-            d[j] = d[j] - m
-            squares[j] = (d[j] * square_scale) * d[j]
-        var = row_sum(squares, scratch) / (real(columns) * square_scale)
-        s = real(1) / np.sqrt(var + eps)
-        for j in range(columns):
-            y[j] = (d[j] * s) * gamma[j] + beta[j]
+            y[j] = narrow(((d[j] - m) * s) * gamma[j] + beta[j], y)
         shift[r], mean[r], invstd[r] = k, m, s
 
 
@@ -96,16 +93,17 @@ def _backward_dx(
     last: int,
 ) -> None:
     columns = x.shape[1]
-    count = x.dtype.type(columns)
-    scratch, g, gx, xhat = scratch_for(x), buffer_for(x), buffer_for(x), buffer_for(x)
+    count = gamma.dtype.type(columns)
+    work, rows = workspace(gamma), np.empty((3, columns), gamma.dtype)
+    g, gx, xhat = rows[0], rows[1], rows[2]
     for r in range(first, last):
         dr, xr, y = dout[r], x[r], dx[r]
         k, m, s = shift[r], mean[r], invstd[r]
         for j in range(columns):
-            g[j] = dr[j] * gamma[j]
-            xhat[j] = ((xr[j] - k) - m) * s
+            g[j] = widen(dr[j]) * gamma[j]
+            xhat[j] = ((widen(xr[j]) - k) - m) * s
             gx[j] = g[j] * xhat[j]
-        mean_g = row_sum(g, scratch) / count
-        mean_gx = row_sum(gx, scratch) / count
+        mean_g = row_sum(g, work) / count
+        mean_gx = row_sum(gx, work) / count
         for j in range(columns):
-            y[j] = s * ((g[j] - mean_g) - xhat[j] * mean_gx)
+            y[j] = narrow(s * ((g[j] - mean_g) - xhat[j] * mean_gx), y)

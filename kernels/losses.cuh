@@ -1,20 +1,20 @@
 // Losses of scores x (N, C) with labels y, and the count of right answers. One block takes one row; the mean over
-// rows is a column sum.
+// rows is a channel's sum.
 
 namespace gpubn {
 
-// The largest value of a block's lanes, given to every thread.
+// The largest of a block's threads' values, given to every thread.
 template <class T>
-__device__ inline T max_lanes(T lane) {
-    __shared__ T lanes[LANES];
+__device__ inline T block_max(T value) {
+    __shared__ T values[THREADS];
     int j = threadIdx.x;
-    lanes[j] = lane;
+    values[j] = value;
     __syncthreads();
-    for (int step = LANES / 2; step > 0; step /= 2) {
-        if (j < step && real<T>(lanes[j + step]) > real<T>(lanes[j])) lanes[j] = lanes[j + step];
+    for (int step = THREADS / 2; step > 0; step /= 2) {
+        if (j < step && real<T>(values[j + step]) > real<T>(values[j])) values[j] = values[j + step];
         __syncthreads();
     }
-    T largest = lanes[0];
+    T largest = values[0];
     __syncthreads();
     return largest;
 }
@@ -29,13 +29,14 @@ __global__ void softmax_loss(const T* x, const long long* labels, T* losses, T* 
     x += row * columns;
     dx += row * columns;
     T largest = x[0];
-    for (long long j = threadIdx.x; j < columns; j += LANES)
+    for (long long j = threadIdx.x; j < columns; j += THREADS)
         if (R(x[j]) > R(largest)) largest = x[j];
-    R top(max_lanes(largest));
-    for (long long j = threadIdx.x; j < columns; j += LANES) dx[j] = exp<T>((R(x[j]) - top).v);
+    R top(block_max(largest));
+    for (long long j = threadIdx.x; j < columns; j += THREADS) dx[j] = exp<T>((R(x[j]) - top).v);
+    __syncthreads();  // the sum's leaves are other threads' values
     R sum = row_sum<T>(columns, [=](long long j) { return R(dx[j]); });
     if (threadIdx.x == 0) losses[row] = (R(log<T>(sum.v)) - (R(x[y]) - top)).v;
-    for (long long j = threadIdx.x; j < columns; j += LANES)
+    for (long long j = threadIdx.x; j < columns; j += THREADS)
         dx[j] = ((R(dx[j]) / sum - R((T)(j == y))) / R(rows)).v;
 }
 
@@ -58,7 +59,7 @@ __global__ void svm_loss(const T* x, const long long* labels, T* losses, T* dx, 
     auto is_above = [=](long long j) { return real<double>((double)(margin(j) > zero)); };
     R above((long long)row_sum<double>(columns, is_above).v);
     if (threadIdx.x == 0) losses[row] = loss.v;
-    for (long long j = threadIdx.x; j < columns; j += LANES)
+    for (long long j = threadIdx.x; j < columns; j += THREADS)
         dx[j] = ((j == y ? zero - above : margin(j) > zero ? one : zero) / R(rows)).v;
 }
 

@@ -7,10 +7,10 @@ import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_cuda import LANES, column_sum
 from gpubn.kernels.compile_cuda import contiguous, kernel, source
+from gpubn.kernels.samples_cuda import THREADS, channel_sum
 
-_SOURCE = source("real", "elementary", "columns", "rows", "losses")
+_SOURCE = source("real", "elementary", "samples", "losses")
 
 _over_n = cupy.ElementwiseKernel(
     "T total, int64 rows",
@@ -48,8 +48,8 @@ def count_correct(x: Array, y: Array) -> Array:
 def _mean_loss(name: str, x: Array, y: Array) -> tuple[Array, Array]:
     x, y = contiguous(x, y)
     rows, columns = x.shape
-    losses, dx = cupy.empty((rows, 1), x.dtype), cupy.empty(x.shape, x.dtype)
+    losses, dx = cupy.empty((1, rows, 1, 1), x.dtype), cupy.empty(x.shape, x.dtype)
     kernel(_SOURCE, name, x.dtype)(
-        (rows,), (LANES,), (x, y, losses, dx, np.int64(columns), np.int64(rows))
+        (rows,), (THREADS,), (x, y, losses, dx, np.int64(columns), np.int64(rows))
     )
-    return _over_n(column_sum(losses), rows).reshape(()), dx
+    return _over_n(channel_sum(losses), rows).reshape(()), dx

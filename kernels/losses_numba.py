@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.columns_numba import column_sum
 from gpubn.kernels.compile_numba import compiled, plain
 from gpubn.kernels.elementary_numba import exp_of, log_of
-from gpubn.kernels.rows_numba import buffer_for, row_sum, scratch_for
+from gpubn.kernels.planes_numba import row_sum, workspace
+from gpubn.kernels.samples_numba import channel_sum
 from gpubn.kernels.threads import split
 
 
@@ -30,16 +30,17 @@ def count_correct(x: Array, y: Array) -> Array:
 
 def _mean_loss(kernel: Callable[..., None], x: Array, y: Array) -> tuple[Array, Array]:
     x, y = plain(x, y)
-    losses, dx = np.empty((x.shape[0], 1), x.dtype), np.empty_like(x)
+    losses, dx = np.empty(x.shape[0], x.dtype), np.empty_like(x)
     split(lambda a, b: kernel(x, y, losses, dx, a, b), x.shape[0], x.size)
-    return np.asarray(column_sum(losses)[0] / x.dtype.type(x.shape[0])), dx
+    total = channel_sum(losses[None, :, None, None])[0]
+    return np.asarray(total / x.dtype.type(x.shape[0])), dx
 
 
 @compiled
 def _softmax_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> None:
     real = x.dtype.type
     columns, count = x.shape[1], real(x.shape[0])
-    scratch, e = scratch_for(x), buffer_for(x)
+    work, e = workspace(x), np.empty(columns, x.dtype)
     for r in range(first, last):
         xr, dxr = x[r], dx[r]
         top = xr[0]
@@ -48,8 +49,8 @@ def _softmax_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -
                 top = xr[j]
         for j in range(columns):
             e[j] = exp_of(xr[j] - top)
-        total = row_sum(e, scratch)
-        losses[r, 0] = log_of(total) - (xr[y[r]] - top)
+        total = row_sum(e, work)
+        losses[r] = log_of(total) - (xr[y[r]] - top)
         for j in range(columns):
             dxr[j] = (e[j] / total - real(j == y[r])) / count
 
@@ -59,7 +60,7 @@ def _svm_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> No
     real = x.dtype.type
     zero, one = real(0), real(1)
     columns, count = x.shape[1], real(x.shape[0])
-    scratch, margins = scratch_for(x), buffer_for(x)
+    work, margins = workspace(x), np.empty(columns, x.dtype)
     for r in range(first, last):
         xr, dxr, label = x[r], dx[r], y[r]
         right, above = xr[label], 0
@@ -67,7 +68,7 @@ def _svm_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> No
             margin = (xr[j] - right) + one
             margins[j] = zero if zero > margin else margin  # a NaN stays one
         margins[label] = zero
-        losses[r, 0] = row_sum(margins, scratch)
+        losses[r] = row_sum(margins, work)
         for j in range(columns):
             above += margins[j] > zero
             dxr[j] = (one if margins[j] > zero else zero) / count

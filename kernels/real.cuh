@@ -110,4 +110,100 @@ __device__ inline T middle(T a_, T b_, T c_) {
     return b.v;
 }
 
+// --- What arrays hold -----------------------------------------------------------------------------
+//
+// A kernel's S says how an array's values are stored: float, double, f16 or bf16. Half precision is
+// widened exactly, computed with in float32, and rounded once, to nearest. Its values travel as bits.
+
+struct f16 {};
+struct bf16 {};
+
+template <class S>
+struct storage {
+    using raw = S;   // as it lies in memory
+    using type = S;  // as it is computed with
+    __device__ static real<S> load(S value) { return real<S>(value); }
+    __device__ static S store(real<S> value) { return value.v; }
+};
+
+__device__ inline unsigned float_bits(float value) {
+#ifdef __CUDA_ARCH__
+    return __float_as_uint(value);
+#else
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+#endif
+}
+
+__device__ inline float bits_float(unsigned bits) {
+#ifdef __CUDA_ARCH__
+    return __uint_as_float(bits);
+#else
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+#endif
+}
+
+template <>
+struct storage<f16> {
+    using raw = unsigned short;
+    using type = float;
+    __device__ static real<float> load(raw half) {
+        unsigned sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+        if (magnitude >= 0x7c00u) return real<float>(bits_float(sign | 0x7f800000u | magnitude << 13));
+        if (magnitude >= 0x400u) return real<float>(bits_float(sign | ((magnitude << 13) + 0x38000000u)));
+        // Subnormal: so many times 2**-24, which is exact.
+        real<float> tiny = real<float>((long long)magnitude) * real<float>(5.9604644775390625e-08f);
+        return real<float>(bits_float(sign | float_bits(tiny.v)));
+    }
+    __device__ static raw store(real<float> value) {
+        unsigned bits = float_bits(value.v), magnitude = bits & 0x7fffffffu, half;
+        if (magnitude > 0x7f800000u)
+            half = 0x7e00;  // NaN
+        else if (magnitude >= 0x477ff000u)
+            half = 0x7c00;  // from 65,520 on the nearest is infinity
+        else if (magnitude < 0x38800000u)  // subnormal: 0.5's last place is 2**-24, so the sum rounds
+            half = float_bits((real<float>(bits_float(magnitude)) + real<float>(0.5f)).v) - 0x3f000000u;
+        else
+            half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+        return (raw)(half | (bits >> 16 & 0x8000u));
+    }
+};
+
+template <>
+struct storage<bf16> {
+    using raw = unsigned short;
+    using type = float;
+    __device__ static real<float> load(raw bits) { return real<float>(bits_float((unsigned)bits << 16)); }
+    __device__ static raw store(real<float> value) {
+        unsigned bits = float_bits(value.v);
+        if (is_nan(value)) return 0x7fc0;
+        return (raw)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    }
+};
+
+template <class S>
+using raw_of = typename storage<S>::raw;
+template <class S>
+using real_of = real<typename storage<S>::type>;
+
+template <class S>
+__device__ inline real_of<S> load(raw_of<S> value) {
+    return storage<S>::load(value);
+}
+
+template <class S>
+__device__ inline raw_of<S> store(real_of<S> value) {
+    return storage<S>::store(value);
+}
+
+// max(0, x); a NaN stays one.
+template <class T>
+__device__ inline real<T> relu(real<T> x) {
+    real<T> zero((T)0);
+    return x > zero || is_nan(x) ? x : zero;
+}
+
 }  // namespace gpubn

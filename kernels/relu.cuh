@@ -2,14 +2,15 @@
 
 namespace gpubn {
 
-template <class T>
-__device__ inline T relu_forward(T x) {
-    return real<T>(x) > real<T>((T)0) || is_nan(real<T>(x)) ? x : (T)0;
+template <class S>
+__device__ inline raw_of<S> relu_forward(raw_of<S> x) {
+    return store<S>(relu(load<S>(x)));
 }
 
-template <class T>
-__device__ inline T relu_backward(T dout, T x) {
-    return real<T>(x) > real<T>((T)0) ? dout : (T)0;
+template <class S>
+__device__ inline raw_of<S> relu_backward(raw_of<S> dout, raw_of<S> x) {
+    real_of<S> zero = {};
+    return load<S>(x) > zero ? dout : store<S>(zero);
 }
 
 }  // namespace gpubn

@@ -3,28 +3,32 @@
 import cupy
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_cuda import source
+from gpubn.kernels.compile_cuda import Elementwise, source
 
 _SOURCE = source("real", "relu")
 
-_forward = cupy.ElementwiseKernel(
-    "T x", "T out", "out = gpubn::relu_forward<T>(x)", "gpubn_relu_forward", preamble=_SOURCE
+_forward = Elementwise(
+    "S x", "S out", "out = gpubn::relu_forward<STORED>(x)", "gpubn_relu_forward", _SOURCE
 )
 
-_backward = cupy.ElementwiseKernel(
-    "T dout, T x",
-    "T dx",
-    "dx = gpubn::relu_backward<T>(dout, x)",
+_backward = Elementwise(
+    "S dout, S x",
+    "S dx",
+    "dx = gpubn::relu_backward<STORED>(dout, x)",
     "gpubn_relu_backward",
-    preamble=_SOURCE,
+    _SOURCE,
 )
 
 
 def forward(x: Array) -> Array:
     """Return ``max(0, x)``."""
-    return _forward(x, cupy.empty(x.shape, x.dtype))
+    out = cupy.empty(x.shape, x.dtype)
+    _forward(x.dtype, x, out)
+    return out
 
 
 def backward(dout: Array, x: Array) -> Array:
     """Return ``dout`` where ``x > 0``, else 0."""
-    return _backward(dout, x, cupy.empty(x.shape, x.dtype))
+    dx = cupy.empty(x.shape, x.dtype)
+    _backward(x.dtype, dout, x, dx)
+    return dx

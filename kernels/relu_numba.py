@@ -5,40 +5,39 @@ from typing import Any
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_numba import compiled, plain
+from gpubn.kernels.compile_numba import compiled
+from gpubn.kernels.real_numba import stored, widen
 from gpubn.kernels.threads import split
 
 
 def forward(x: Array) -> Array:
     """Return ``max(0, x)``."""
-    (x,) = plain(x)
-    out = np.empty_like(x)
-    flat = (x.reshape(-1), out.reshape(-1))
+    out = np.empty(x.shape, x.dtype)
+    flat = [array.reshape(-1) for array in stored(x, out)]
     split(lambda a, b: _forward(*flat, a, b), x.size, x.size)
     return out
 
 
 def backward(dout: Array, x: Array) -> Array:
     """Return ``dout`` where ``x > 0``, else 0."""
-    dout, x = plain(dout, x)
-    dx = np.empty_like(x)
-    flat = (dout.reshape(-1), x.reshape(-1), dx.reshape(-1))
+    dx = np.empty(x.shape, x.dtype)
+    flat = [array.reshape(-1) for array in stored(dout, x, dx)]
     split(lambda a, b: _backward(*flat, a, b), x.size, x.size)
     return dx
 
 
 @compiled
 def _forward(x: Any, out: Any, first: int, last: int) -> None:
-    zero = x.dtype.type(0)
     x, out = x[first:last], out[first:last]
+    zero = x.dtype.type(0)  # of half precision too: its bits are 0
     for i in range(out.shape[0]):
-        v = x[i]
-        out[i] = v if v > zero or v != v else zero  # a NaN stays one
+        v = widen(x[i])
+        out[i] = x[i] if v > 0 or v != v else zero  # a NaN stays one
 
 
 @compiled
 def _backward(dout: Any, x: Any, dx: Any, first: int, last: int) -> None:
-    zero = x.dtype.type(0)
     dout, x, dx = dout[first:last], x[first:last], dx[first:last]
+    zero = x.dtype.type(0)
     for i in range(dx.shape[0]):
-        dx[i] = dout[i] if x[i] > zero else zero
+        dx[i] = dout[i] if widen(x[i]) > 0 else zero

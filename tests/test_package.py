@@ -55,11 +55,11 @@ def test_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(target)!r})
-import numpy as np, gpubn, gpubn.kernels, gpubn.layers, gpubn.testing, gpubn.train
+import numpy as np, gpubn, gpubn.kernels, gpubn.layers, gpubn.nn, gpubn.testing, gpubn.train
 assert gpubn.__file__.startswith({str(target)!r}), gpubn.__file__
 assert gpubn.kernels.__file__.startswith({str(target)!r}), gpubn.kernels.__file__
 from gpubn.kernels.batchnorm_numba import shift
-assert shift(np.ones((3, 2), np.float32)).tolist() == [1, 1]
+assert shift(np.ones((1, 3, 2, 1), np.float32)).tolist() == [1, 1]
 assert gpubn.train.load_data("digits").X_train.shape[1:] == (8, 8)
 from importlib.resources import files
 assert "real" in (files("gpubn.kernels") / "real.cuh").read_text("utf-8")

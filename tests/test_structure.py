@@ -17,7 +17,15 @@ from conftest import host_cuda
 
 ROOT = Path(__file__).parent.parent
 # Each may import those before it, and itself.
-ROOMS = ("gpubn.backend", "gpubn.kernels", "gpubn.layers", "gpubn.train", "gpubn.cli")
+ROOMS = (
+    "gpubn.backend",
+    "gpubn.interop",
+    "gpubn.kernels",
+    "gpubn.layers",
+    "gpubn.nn",
+    "gpubn.train",
+    "gpubn.cli",
+)
 CLI = ROOT / "gpubn" / "cli.py"
 SOURCES = sorted([*(ROOT / "gpubn").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
@@ -115,7 +123,8 @@ PAIRS = sorted(
 
 def test_every_kernel_has_its_pair() -> None:
     halves = {p.stem for p in (ROOT / "kernels").glob("*.py") if "_" in p.stem.strip("_")}
-    shared = {"compile_cuda", "compile_numba", "rows_numba"}  # rows.cuh is rows_numba's other half
+    # The other halves of real.cuh and, both, of samples.cuh.
+    shared = {"compile_cuda", "compile_numba", "real_numba", "columns_numba", "planes_numba"}
     assert halves - shared == {f"{op}_{device}" for op in PAIRS for device in ("cuda", "numba")}
 
 
@@ -127,8 +136,10 @@ def functions(module: ModuleType) -> dict[str, inspect.Signature]:
         if inspect.isfunction(value)
         and value.__module__ == module.__name__
         and not name.startswith("_")
-        # How a device reduces columns, and what Numba's compiled code calls for a scalar.
-        and not re.match("reduce_columns|merge_parts|exp_of|log_of", name)
+        # How a device reduces channels, and what Numba's compiled code calls for a scalar.
+        and not re.match(
+            "reduce_channels|merge_parts|accumulator|without_inner|middle|\\w+_of", name
+        )
     }
 
 
@@ -158,11 +169,6 @@ def test_sizes_are_the_same_in_cuda_and_python() -> None:
         )
     )
     with host_cuda():
-        columns = importlib.import_module("gpubn.kernels.columns_cuda")
-        sizes = {
-            "COLUMNS": columns._COLUMNS,
-            "GROUPS": columns._GROUPS,
-            "LEAVES": columns._LEAVES,
-            "LANES": columns.LANES,
-        }
+        samples = importlib.import_module("gpubn.kernels.samples_cuda")
+        sizes = {name: getattr(samples, name) for name in ("THREADS", "WIDE", "LEAVES")}
     assert sizes == {name: int(constants[name]) for name in sizes}

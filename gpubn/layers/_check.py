@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from gpubn.backend import Array, is_array, place, scope_of, to_host
+from gpubn.kernels.statistics import accumulator
 
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+FLOATS = ("float32", "float64")
+HALVES = ("float16", "bfloat16")
+"""Of the layers that take them; bfloat16 is ml_dtypes', which is not imported for its name."""
 
 
 def array(name: str, value: Any) -> None:
@@ -25,11 +28,15 @@ def array(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a matrix, expected a plain array: numpy.asarray makes one")
 
 
-def floating(name: str, value: Array, ndim: int | None = None) -> None:
-    """Require a float32 or float64 array that is not empty, of ``ndim`` dimensions if given."""
+def floating(name: str, value: Array, ndim: int | None = None, half: bool = False) -> None:
+    """Require a float32 or float64 array that is not empty, of ``ndim`` dimensions if given.
+
+    With ``half`` one of float16 or bfloat16 will do.
+    """
     array(name, value)
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{name} has dtype {value.dtype}, expected float32 or float64")
+    if not is_floating(value.dtype, half):
+        expected = "float16, bfloat16, float32 or float64" if half else "float32 or float64"
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {expected}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name} has shape {value.shape}, expected {ndim} dimensions")
     if value.size == 0:
@@ -44,6 +51,52 @@ def like(name: str, value: Array, shape: tuple[int, ...], x: Array, x_name: str 
         raise TypeError(f"{name} has dtype {value.dtype}, expected {x.dtype} as {x_name} has")
     if value.shape != shape:
         raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
+
+
+def is_floating(dtype: np.dtype[Any], half: bool = False) -> bool:
+    """Tell whether layers take arrays of this dtype, in the machine's own order of bytes."""
+    return dtype.isnative and (dtype.name in FLOATS or (half and dtype.name in HALVES))
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Require True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
+
+
+def parameter(name: str, value: Array, shape: tuple[int, ...], x: Array) -> None:
+    """Require a parameter or statistic of this shape, of the dtype that ``x`` is computed with."""
+    array(name, value)
+    same_place(name, value, x)
+    dtype = accumulator(x)
+    if value.dtype != dtype:
+        why = "as x has" if dtype == x.dtype else f"as parameters have beside {x.dtype} arrays"
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {dtype} {why}")
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {value.shape}, expected {shape}")
+
+
+def last_axes(name: str, value: Any, x: Array) -> tuple[int, ...]:
+    """Return the shape of x's last axes, as many as the parameter has: at least one."""
+    array(name, value)
+    if not 1 <= value.ndim <= x.ndim:
+        raise ValueError(
+            f"{name} has shape {value.shape}, expected the shape of the last axes of x {x.shape}"
+        )
+    shape: tuple[int, ...] = x.shape[x.ndim - value.ndim :]
+    return shape
+
+
+def axis(value: Any, ndim: int, least: int = 0) -> int:
+    """Require an axis of so many dimensions, counted from the end if negative; return it from 0."""
+    number = _index("axis", value)
+    if isinstance(value, bool) or not -ndim <= number < ndim:
+        raise ValueError(f"axis is {value!r}, expected one of {ndim} dimensions")
+    number %= ndim
+    if number < least:
+        raise ValueError(f"axis is {value!r}, expected a channel axis after the samples' axis 0")
+    return number
 
 
 def same_place(name: str, value: Array, x: Array, x_name: str = "x") -> None:
@@ -124,6 +177,8 @@ def _index(name: str, value: Any) -> int:
 
 def epsilon(value: Any, dtype: Any) -> float:
     """Require an ``eps`` above 0 that is so in ``dtype`` too."""
+    if type(value) is float and (value, dtype) in _epsilons:  # every layer's call asks
+        return value
     eps = number("eps", value)
     if not eps > 0:
         raise ValueError(f"eps is {value!r}, expected a number above 0")
@@ -131,7 +186,12 @@ def epsilon(value: Any, dtype: Any) -> float:
         rounded = float(np.dtype(dtype).type(eps))
     if rounded == 0 or math.isinf(rounded):
         raise ValueError(f"eps is {value!r}, which is {rounded} in {np.dtype(dtype)}")
+    if len(_epsilons) < 100:
+        _epsilons.add((eps, np.dtype(dtype)))
     return eps
+
+
+_epsilons: set[tuple[float, np.dtype[Any]]] = set()
 
 
 def mode(name: str, params: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpubn import backend
 from gpubn.backend import Array, is_cuda, namespace, scope_of
+from gpubn.interop import foreign
 from gpubn.kernels import for_array
 from gpubn.layers import _check
 
@@ -19,6 +20,7 @@ class _Cache(NamedTuple):
     reproducible: bool
 
 
+@foreign
 def affine_forward(
     x: Array, w: Array, b: Array, reproducible: bool | None = None
 ) -> tuple[Array, Any]:
@@ -63,6 +65,7 @@ def affine_forward(
     return out, _Cache(x, w, reproducible)
 
 
+@foreign
 def affine_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     """Return dx (in x's shape), dw and db for ``dout (N, M)``."""
     _check.cache_of("affine", cache, _Cache)
@@ -72,7 +75,7 @@ def affine_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
         rows, w, dout = _operands(reproducible, _rows(x), w, dout)
         dx = _product(dout, w.T, reproducible).reshape(x.shape)
         dw = _product(rows.T, dout, reproducible)
-        db = for_array("columns", dout).column_sum(dout)
+        db = for_array("samples", dout).channel_sum(dout[None, :, :, None])
     return dx, dw, db
 
 

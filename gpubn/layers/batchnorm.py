@@ -1,4 +1,4 @@
-"""Batch normalization of features: Ioffe and Szegedy 2015, arXiv:1502.03167."""
+"""Batch normalization: Ioffe and Szegedy 2015, arXiv:1502.03167."""
 
 from __future__ import annotations
 
@@ -6,43 +6,59 @@ from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 from gpubn.backend import Array, namespace, scope_of
+from gpubn.interop import foreign
 from gpubn.kernels import for_array
-from gpubn.layers import _check
+from gpubn.kernels.statistics import Statistics
+from gpubn.layers import _check, _view
 
 
 class _Cache(NamedTuple):
-    """What the backward pass needs of a forward pass: the input and its channels' statistics."""
+    """What the backward pass needs: the input as kernels view it, and its channels' statistics."""
 
     x: Array
-    shift: Array
-    mean: Array
-    invstd: Array
-    scale: Array
+    statistics: Statistics
     training: bool
+    view: _view.View
+    shape: tuple[int, ...]
 
 
+class _ReluCache(NamedTuple):
+    batchnorm: _Cache
+
+
+class _AddReluCache(NamedTuple):
+    batchnorm: _Cache
+    out: Array
+
+
+@foreign
 def batchnorm_forward(
-    x: Array, gamma: Array, beta: Array, bn_param: MutableMapping[str, Any]
+    x: Array, gamma: Array, beta: Array, bn_param: MutableMapping[str, Any], axis: int = 1
 ) -> tuple[Array, Any]:
-    """Normalize every feature over the batch, then scale and shift it.
+    """Normalize every channel over the batch, then scale and shift it.
 
     ``out = gamma * (x - mean) / sqrt(var + eps) + beta``, with the batch's mean and biased variance
     in training and the running ones in test mode.
 
     Parameters
     ----------
-    x : array (N, D), float32 or float64
-        In training at least two samples: the variance of one is no estimate.
-    gamma, beta : array (D,), x's dtype
+    x : array (N, C), (N, C, W), (N, C, H, W), ... of float16, bfloat16, float32 or float64
+        In training at least two samples of each channel: the variance of one is no estimate.
+    gamma, beta : array (C,), x's dtype; float32 beside half precision
         Scale and shift.
     bn_param : dict
         ``mode`` ('train' or 'test', required), ``eps`` (1e-5, inside the root), ``momentum`` (0.9),
-        ``running_mean`` and ``running_var`` ``(D,)``, zeros of x's dtype where absent. In training
-        the last two are set to ``momentum * running + (1 - momentum) * sample``.
+        ``unbiased`` (False), ``running_mean`` and ``running_var`` ``(C,)``, zeros of gamma's dtype
+        where absent. In training the last two are set to
+        ``momentum * running + (1 - momentum) * sample``. Where momentum is None they become the
+        mean over all batches so far, which ``num_batches`` counts. Where unbiased is true the
+        running variance takes the sample's times ``M / (M - 1)``, for M samples of a channel.
+    axis : int
+        Which axis the channels are; -1 where they are last. Statistics run over all others.
 
     Returns
     -------
-    out : array (N, D), x's dtype
+    out : array, x's shape and dtype
     cache
         For ``batchnorm_backward``.
 
@@ -53,25 +69,146 @@ def batchnorm_forward(
 
     Notes
     -----
-    Bits are the same on CPU and CUDA. A feature whose squared distances from the mean overflow
-    (float32: distances above 1.8e19) has an infinite variance: its output is beta, its gradients
-    are 0, and its running variance becomes infinite.
+    Bits are the same on CPU and CUDA, channels first or last. Half precision is computed with in
+    float32 and rounded once. A channel whose squared distances from the mean overflow (float32:
+    distances above 1.8e19) has an infinite variance: its output is beta, its gradients are 0, and
+    its running variance becomes infinite.
     """
-    _check.floating("x", x, ndim=2)
-    rows, columns = x.shape
-    _check.like("gamma", gamma, (columns,), x)
-    _check.like("beta", beta, (columns,), x)
+    out, cache = _forward(x, None, gamma, beta, bn_param, axis, relu=False)
+    return cache.view.give(out), cache
+
+
+@foreign
+def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
+    """Return the gradients of ``batchnorm_forward``, through the statistics where it was training.
+
+    In test mode statistics are constants, so that a frozen batch norm is one in test mode.
+
+    Parameters
+    ----------
+    dout : array, x's shape and dtype
+        Gradient of the loss with respect to out.
+    cache
+        What the forward pass returned beside out.
+
+    Returns
+    -------
+    dx : array, x's shape and dtype
+    dgamma, dbeta : array (C,)
+
+    Notes
+    -----
+    ``dbeta = sum(dout)``, ``dgamma = sum(dout * xhat)`` over the M samples of a channel, and
+    ``dx = gamma * invstd * (dout - dbeta / M - xhat * dgamma / M)``;
+    ``gpubn.testing.reference`` derives this on the computation graph.
+    """
+    _check.cache_of("batchnorm", cache, _Cache)
+    return _backward(dout, cache, relu=False)
+
+
+batchnorm_backward_alt = batchnorm_backward
+"""The assignment's name for the simplified gradient, which ``batchnorm_backward`` already is."""
+
+
+@foreign
+def batchnorm_relu_forward(
+    x: Array, gamma: Array, beta: Array, bn_param: MutableMapping[str, Any], axis: int = 1
+) -> tuple[Array, Any]:
+    """Return batch norm then ReLU, in one pass, and a cache; as ``batchnorm_forward`` otherwise.
+
+    The bits are those of ``relu_forward`` after ``batchnorm_forward``.
+    """
+    out, cache = _forward(x, None, gamma, beta, bn_param, axis, relu=True)
+    return cache.view.give(out), _ReluCache(cache)
+
+
+@foreign
+def batchnorm_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
+    """Return dx, dgamma and dbeta; as ``batchnorm_backward`` otherwise.
+
+    What ReLU let pass is computed anew from x: neither its input nor a mask is kept.
+    """
+    _check.cache_of("batchnorm_relu", cache, _ReluCache)
+    return _backward(dout, cache.batchnorm, relu=True)
+
+
+@foreign
+def batchnorm_add_relu_forward(
+    x: Array,
+    residual: Array,
+    gamma: Array,
+    beta: Array,
+    bn_param: MutableMapping[str, Any],
+    axis: int = 1,
+) -> tuple[Array, Any]:
+    """Return ``max(0, batchnorm(x) + residual)``, in one pass, and a cache.
+
+    The end of a residual block (He et al. 2016, arXiv:1512.03385). ``residual`` has x's shape and
+    dtype; all else is as in ``batchnorm_forward``. The bits are those of the separate calls. The
+    backward pass reads out: leave it as it is until then.
+    """
+    out, cache = _forward(x, residual, gamma, beta, bn_param, axis, relu=True)
+    return cache.view.give(out), _AddReluCache(cache, out)
+
+
+@foreign
+def batchnorm_add_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array, Array]:
+    """Return dx, dresidual, dgamma and dbeta."""
+    _check.cache_of("batchnorm_add_relu", cache, _AddReluCache)
+    (x, statistics, _, view, shape), out = cache
+    _check.like("dout", dout, shape, x)
+    kernels = for_array("batchnorm", x)
+    with scope_of(x):
+        dout = view.take(dout)
+        dgamma, dbeta, g = kernels.backward_sums_add_relu(dout, out, x, statistics)
+        dx = _dx(kernels, g, cache.batchnorm, dgamma, dbeta, relu=False)
+    return view.give(dx), view.give(g), dgamma, dbeta
+
+
+@foreign
+def spatial_batchnorm_forward(
+    x: Array, gamma: Array, beta: Array, bn_param: MutableMapping[str, Any]
+) -> tuple[Array, Any]:
+    """Return ``batchnorm_forward`` of images ``x (N, C, H, W)``, over N, H and W."""
+    _check.floating("x", x, ndim=4, half=True)
+    return batchnorm_forward(x, gamma, beta, bn_param)
+
+
+spatial_batchnorm_backward = batchnorm_backward
+"""The assignment's name for the gradients of images, which ``batchnorm_backward`` gives too."""
+
+
+def _forward(
+    x: Array,
+    residual: Array | None,
+    gamma: Array,
+    beta: Array,
+    bn_param: MutableMapping[str, Any],
+    axis: int,
+    relu: bool,
+) -> tuple[Array, _Cache]:
+    """Return out as kernels view it, and the cache."""
+    _check.floating("x", x, half=True)
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {x.shape}, expected at least 2 dimensions")
+    axis = _check.axis(axis, x.ndim)
+    channels = x.shape[axis]
+    if residual is not None:
+        _check.like("residual", residual, x.shape, x)
+    _check.parameter("gamma", gamma, (channels,), x)
+    _check.parameter("beta", beta, (channels,), x)
     _check.mapping("bn_param", bn_param, mutable=True)
     mode = _check.mode("bn_param", bn_param)
-    eps = _check.epsilon(bn_param.get("eps", 1e-5), x.dtype)
-    momentum = _check.number("momentum", bn_param.get("momentum", 0.9))
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {momentum!r}, expected a number from 0 to 1")
+    eps = _check.epsilon(bn_param.get("eps", 1e-5), gamma.dtype)
+    momentum, updates = _momentum(bn_param)
+    unbiased = _check.boolean("unbiased", bn_param.get("unbiased", False))
     running = [bn_param.get("running_mean"), bn_param.get("running_var")]
     for name, value in zip(("running_mean", "running_var"), running, strict=True):
         if value is not None:
-            _check.like(name, value, (columns,), x)
-    if mode == "train" and rows < 2:
+            _check.parameter(name, value, (channels,), x)
+    view = _view.of_batch(x, axis)
+    samples = view.samples
+    if mode == "train" and samples < 2:
         raise ValueError(
             f"x has shape {x.shape}, expected at least 2 samples in training: "
             "the variance of one sample is no estimate (mode 'test' takes one)"
@@ -80,58 +217,56 @@ def batchnorm_forward(
     kernels = for_array("batchnorm", x)
     xp = namespace(x)
     with scope_of(x):
+        taken = view.take(x)
         running_mean, running_var = (
-            xp.zeros(columns, x.dtype) if value is None else value for value in running
+            xp.zeros(channels, gamma.dtype) if value is None else value for value in running
         )
         if mode == "train":
-            shift = kernels.shift(x)
-            mean, var = kernels.moments(x, shift)
+            shift = kernels.shift(taken)
+            mean, var = kernels.moments(taken, shift)
             invstd, scale = kernels.statistics(var, gamma, eps)
-            out = kernels.normalize(x, shift, mean, scale, beta)
+            correction = samples / (samples - 1) if unbiased else 1.0
             running_mean, running_var = kernels.running_update(
-                running_mean, running_var, shift, mean, var, momentum
+                running_mean, running_var, shift, mean, var, momentum, correction
             )
         else:
             shift, mean = running_mean, xp.zeros_like(running_mean)
             invstd, scale = kernels.statistics(running_var, gamma, eps)
-            out = kernels.normalize(x, shift, mean, scale, beta)
+        statistics = Statistics(shift, mean, invstd, scale, beta)
+        added = None if residual is None else view.take(residual)
+        out = kernels.normalize(taken, statistics, added, relu)
     bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
-    return out, _Cache(x, shift, mean, invstd, scale, mode == "train")
+    if mode == "train":
+        bn_param.update(updates)
+    return out, _Cache(taken, statistics, mode == "train", view, x.shape)
 
 
-def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
-    """Return the gradients of ``batchnorm_forward``, through the statistics where it was training.
+def _momentum(bn_param: MutableMapping[str, Any]) -> tuple[float, dict[str, int]]:
+    """Return the momentum of this batch, and what to write down if it is a training one."""
+    momentum = bn_param.get("momentum", 0.9)
+    if momentum is None:
+        count = _check.whole("num_batches", bn_param.get("num_batches", 0), 0)
+        return count / (count + 1), {"num_batches": count + 1}
+    momentum = _check.number("momentum", momentum)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum!r}, expected a number from 0 to 1, or None")
+    return momentum, {}
 
-    Parameters
-    ----------
-    dout : array (N, D)
-        Gradient of the loss with respect to out.
-    cache
-        What the forward pass returned beside out.
 
-    Returns
-    -------
-    dx : array (N, D)
-    dgamma, dbeta : array (D,)
-
-    Notes
-    -----
-    ``dbeta = sum(dout)``, ``dgamma = sum(dout * xhat)`` over the batch, and
-    ``dx = gamma * invstd * (dout - dbeta / N - xhat * dgamma / N)``;
-    ``gpubn.testing.reference`` derives this on the computation graph.
-    """
-    _check.cache_of("batchnorm", cache, _Cache)
-    x, shift, mean, invstd, scale, training = cache
-    _check.like("dout", dout, x.shape, x)
+def _backward(dout: Array, cache: _Cache, relu: bool) -> tuple[Array, Array, Array]:
+    x, statistics, _, view, shape = cache
+    _check.like("dout", dout, shape, x)
     kernels = for_array("batchnorm", x)
     with scope_of(x):
-        dgamma, dbeta = kernels.backward_sums(dout, x, shift, mean, invstd)
-        if training:
-            dx = kernels.backward_dx(dout, x, shift, mean, invstd, scale, dgamma, dbeta, x.shape[0])
-        else:
-            dx = kernels.backward_dx_fixed(dout, scale)
-    return dx, dgamma, dbeta
+        dout = view.take(dout)
+        dgamma, dbeta = kernels.backward_sums(dout, x, statistics, relu)
+        dx = _dx(kernels, dout, cache, dgamma, dbeta, relu)
+    return view.give(dx), dgamma, dbeta
 
 
-batchnorm_backward_alt = batchnorm_backward
-"""The assignment's name for the simplified gradient, which ``batchnorm_backward`` already is."""
+def _dx(kernels: Any, dout: Array, cache: _Cache, dgamma: Array, dbeta: Array, relu: bool) -> Array:
+    x, statistics, training, view, _ = cache
+    if not training:
+        return kernels.backward_dx_fixed(dout, x, statistics, relu)
+    gradients = kernels.gradients(statistics.scale, dgamma, dbeta, view.samples)
+    return kernels.backward_dx(dout, x, statistics, gradients, relu)

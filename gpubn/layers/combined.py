@@ -6,9 +6,10 @@ from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 from gpubn.backend import Array
+from gpubn.interop import foreign
 from gpubn.layers import _check
 from gpubn.layers.affine import affine_backward, affine_forward
-from gpubn.layers.batchnorm import batchnorm_backward, batchnorm_forward
+from gpubn.layers.batchnorm import batchnorm_relu_backward, batchnorm_relu_forward
 from gpubn.layers.relu import relu_backward, relu_forward
 
 
@@ -19,10 +20,10 @@ class _AffineReLU(NamedTuple):
 
 class _AffineBNReLU(NamedTuple):
     affine: Any
-    norm: Any
-    relu: Any
+    norm_relu: Any
 
 
+@foreign
 def affine_relu_forward(
     x: Array, w: Array, b: Array, reproducible: bool | None = None
 ) -> tuple[Array, Any]:
@@ -32,6 +33,7 @@ def affine_relu_forward(
     return out, _AffineReLU(affine, relu)
 
 
+@foreign
 def affine_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     """Return dx, dw and db."""
     _check.cache_of("affine_relu", cache, _AffineReLU)
@@ -39,6 +41,7 @@ def affine_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     return affine_backward(relu_backward(dout, relu), affine)
 
 
+@foreign
 def affine_bn_relu_forward(
     x: Array,
     w: Array,
@@ -50,14 +53,14 @@ def affine_bn_relu_forward(
 ) -> tuple[Array, Any]:
     """Return affine, batch norm, then ReLU, and a cache; arguments as in the single layers."""
     out, affine = affine_forward(x, w, b, reproducible)
-    out, norm = batchnorm_forward(out, gamma, beta, bn_param)
-    out, relu = relu_forward(out)
-    return out, _AffineBNReLU(affine, norm, relu)
+    out, norm_relu = batchnorm_relu_forward(out, gamma, beta, bn_param)
+    return out, _AffineBNReLU(affine, norm_relu)
 
 
+@foreign
 def affine_bn_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array, Array, Array]:
     """Return dx, dw, db, dgamma and dbeta."""
     _check.cache_of("affine_bn_relu", cache, _AffineBNReLU)
-    affine, norm, relu = cache
-    dout, dgamma, dbeta = batchnorm_backward(relu_backward(dout, relu), norm)
+    affine, norm_relu = cache
+    dout, dgamma, dbeta = batchnorm_relu_backward(dout, norm_relu)
     return (*affine_backward(dout, affine), dgamma, dbeta)

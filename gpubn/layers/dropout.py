@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gpubn.backend import Array, namespace, scope_of
+from gpubn.interop import foreign
 from gpubn.kernels import for_array
 from gpubn.layers import _check
 
@@ -23,12 +24,13 @@ class _Cache(NamedTuple):
     training: bool
 
 
+@foreign
 def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, Any]:
     """Drop values at random in training, and scale what is kept by ``1 / p``.
 
     Parameters
     ----------
-    x : array of any shape, float32 or float64
+    x : array of any shape, float16, bfloat16, float32 or float64
     dropout_param : dict
         ``p``: the probability of keeping a value, above 0 and at most 1. ``mode``: 'train' or
         'test'; in test mode ``out = x``. ``seed`` (0 to 2**64 - 1), ``stream`` and ``step`` (0 to
@@ -51,7 +53,7 @@ def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, 
     Masks come from Philox4x32-10, keyed by the seed and counted by element, stream and step.
     Dropped values become 0, an infinity or NaN too.
     """
-    _check.floating("x", x)
+    _check.floating("x", x, half=True)
     _check.mapping("dropout_param", dropout_param)
     mode = _check.mode("dropout_param", dropout_param)
     if "p" not in dropout_param:
@@ -72,6 +74,7 @@ def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, 
     return _masked(x, cache), cache
 
 
+@foreign
 def dropout_backward(dout: Array, cache: Any) -> Array:
     """Return dx: ``dout / p`` where the forward pass kept a value, else 0."""
     _check.cache_of("dropout", cache, _Cache)

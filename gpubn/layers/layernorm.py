@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gpubn.backend import Array, scope_of
+from gpubn.interop import foreign
 from gpubn.kernels import for_array
-from gpubn.layers import _check
+from gpubn.layers import _check, _view
 
 
 class _Cache(NamedTuple):
     """What the backward pass needs of a forward pass: the input and its rows' statistics."""
 
-    x: Array
-    gamma: Array
+    x: Array  # (rows, D)
+    gamma: Array  # (D,)
     shift: Array
     mean: Array
     invstd: Array
+    shape: tuple[int, ...]
+    normalized: tuple[int, ...]
 
 
+@foreign
 def layernorm_forward(
     x: Array, gamma: Array, beta: Array, ln_param: Mapping[str, Any]
 ) -> tuple[Array, Any]:
     """Normalize every sample over its features, then scale and shift each feature.
 
-    ``out = gamma * (x - mean) / sqrt(var + eps) + beta``, with each row's mean and biased variance;
-    the same in training and test.
+    ``out = gamma * (x - mean) / sqrt(var + eps) + beta``, with each sample's mean and biased
+    variance over the last axes, as many as gamma has; the same in training and test.
 
     Parameters
     ----------
-    x : array (N, D), float32 or float64
-    gamma, beta : array (D,), x's dtype
+    x : array (N, D), (N, T, D), (N, C, H, W), ... of float16, bfloat16, float32 or float64
+    gamma, beta : array of the shape of x's last axes, x's dtype; float32 beside half precision
     ln_param : dict
         ``eps`` (1e-5, inside the root); other keys are ignored.
 
     Returns
     -------
-    out : array (N, D), x's dtype
+    out : array, x's shape and dtype
     cache
         For ``layernorm_backward``.
 
@@ -48,44 +53,49 @@ def layernorm_forward(
 
     Notes
     -----
-    Bits are the same on CPU and CUDA. A row whose variance overflows gives beta and no gradient.
+    Bits are the same on CPU and CUDA. Half precision is computed with in float32 and rounded once.
+    A sample whose variance overflows gives beta and no gradient.
     """
-    _check.floating("x", x, ndim=2)
-    columns = x.shape[1]
-    _check.like("gamma", gamma, (columns,), x)
-    _check.like("beta", beta, (columns,), x)
+    _check.floating("x", x, half=True)
+    normalized = _check.last_axes("gamma", gamma, x)
+    _check.parameter("gamma", gamma, normalized, x)
+    _check.parameter("beta", beta, normalized, x)
     _check.mapping("ln_param", ln_param)
-    eps = _check.epsilon(ln_param.get("eps", 1e-5), x.dtype)
+    eps = _check.epsilon(ln_param.get("eps", 1e-5), gamma.dtype)
     with scope_of(x):
-        out, shift, mean, invstd = for_array("layernorm", x).forward(x, gamma, beta, eps)
-    return out, _Cache(x, gamma, shift, mean, invstd)
+        rows = _view.contiguous(x.reshape(-1, math.prod(normalized)))
+        gamma, beta = gamma.reshape(-1), beta.reshape(-1)
+        out, shift, mean, invstd = for_array("layernorm", x).forward(rows, gamma, beta, eps)
+    return out.reshape(x.shape), _Cache(rows, gamma, shift, mean, invstd, x.shape, normalized)
 
 
+@foreign
 def layernorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     """Return the gradients of ``layernorm_forward``.
 
     Parameters
     ----------
-    dout : array (N, D)
+    dout : array, x's shape and dtype
         Gradient of the loss with respect to out.
     cache
         What the forward pass returned beside out.
 
     Returns
     -------
-    dx : array (N, D)
-    dgamma, dbeta : array (D,)
+    dx : array, x's shape and dtype
+    dgamma, dbeta : array, gamma's shape and dtype
 
     Notes
     -----
     With ``g = dout * gamma``: ``dx = invstd * (g - sum(g) / D - xhat * sum(g * xhat) / D)``, the
-    sums over a row; ``dgamma`` and ``dbeta`` sum ``dout * xhat`` and ``dout`` over the rows.
+    sums over a sample; ``dgamma`` and ``dbeta`` sum ``dout * xhat`` and ``dout`` over the samples.
     """
     _check.cache_of("layernorm", cache, _Cache)
-    x, gamma, shift, mean, invstd = cache
-    _check.like("dout", dout, x.shape, x)
+    x, gamma, shift, mean, invstd, shape, normalized = cache
+    _check.like("dout", dout, shape, x)
     kernels = for_array("layernorm", x)
     with scope_of(x):
+        dout = _view.contiguous(dout.reshape(x.shape))
         dx = kernels.backward_dx(dout, x, gamma, shift, mean, invstd)
         dgamma, dbeta = kernels.backward_sums(dout, x, shift, mean, invstd)
-    return dx, dgamma, dbeta
+    return dx.reshape(shape), dgamma.reshape(normalized), dbeta.reshape(normalized)

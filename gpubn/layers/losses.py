@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from gpubn.backend import Array, namespace, scope_of
+from gpubn.interop import foreign
 from gpubn.kernels import for_array
 from gpubn.layers import _check
 
 
+@foreign
 def softmax_loss(x: Array, y: Array) -> tuple[Array, Array]:
     """Return the mean cross entropy of the softmax of scores, and its gradient.
 
@@ -37,6 +39,7 @@ def softmax_loss(x: Array, y: Array) -> tuple[Array, Array]:
     return loss[()], dx
 
 
+@foreign
 def svm_loss(x: Array, y: Array) -> tuple[Array, Array]:
     """Return the mean multiclass hinge loss of scores, with margin 1, and its gradient.
 
@@ -50,6 +53,7 @@ def svm_loss(x: Array, y: Array) -> tuple[Array, Array]:
     return loss[()], dx
 
 
+@foreign
 def l2_penalty(w: Array, reg: float) -> tuple[Array, Array]:
     """Return ``0.5 * reg * sum(w**2)``, a number of w's dtype, and its gradient ``reg * w``.
 
@@ -74,6 +78,7 @@ def l2_penalty(w: Array, reg: float) -> tuple[Array, Array]:
     return loss[()], dw
 
 
+@foreign
 def count_correct(x: Array, y: Array) -> Array:
     """Return how many rows of scores have their first largest one at their label.
 

@@ -10,8 +10,9 @@ and not to be fast:
 - nothing but NumPy is used.
 
 Sources: the notes and assignments of Stanford's CS231n for names and conventions; Ioffe and Szegedy
-2015 for batch normalization; Ba, Kiros and Hinton 2016 for layer normalization; Kingma and Ba 2015
-for Adam; Loshchilov and Hutter 2019 for AdamW; Salmon et al. 2011 for Philox.
+2015 for batch normalization; Ba, Kiros and Hinton 2016 for layer normalization; Wu and He 2018 for
+group normalization; Zhang and Sennrich 2019 for RMS normalization; Kingma and Ba 2015 for Adam;
+Loshchilov and Hutter 2019 for AdamW; Salmon et al. 2011 for Philox.
 
 Batch normalization as a computation graph
 ------------------------------------------
@@ -73,17 +74,23 @@ __all__ = [
     "batchnorm_forward",
     "batchnorm_running",
     "batchnorm_test",
+    "channels_to_rows",
     "count_correct",
     "dropout_backward",
     "dropout_forward",
     "dropout_mask",
+    "groupnorm_backward",
+    "groupnorm_forward",
     "l2_penalty",
     "layernorm_backward",
     "layernorm_forward",
     "philox4x32",
     "relu_backward",
     "relu_forward",
+    "rmsnorm_backward",
+    "rmsnorm_forward",
     "rmsprop",
+    "rows_to_channels",
     "sgd",
     "sgd_momentum",
     "softmax_loss",
@@ -425,6 +432,39 @@ def batchnorm_test(
     return out + _float64("beta", beta, features)
 
 
+# Images and the like: x has a channel axis, and batch normalization treats every position of every
+# sample as one more sample. So the channels become the columns of a matrix.
+
+
+def channels_to_rows(x: ArrayLike, axis: int) -> Float64:
+    """Return `x` as a matrix (M, C): one row for each place along the axes beside the channels'.
+
+    Parameters
+    ----------
+    x : array_like, any shape of at least two dimensions
+    axis : int
+        Which axis the C channels are; -1 where they are last.
+
+    Returns
+    -------
+    rows : array, (M, C)
+        The places in C order of the other axes: for images (N, C, H, W) row
+        ``(n * H + h) * W + w`` is ``x[n, :, h, w]``. `rows_to_channels` undoes it.
+    """
+    x = _float64("x", x)
+    if x.ndim < 2 or not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"x has shape {x.shape}, expected an axis {axis} of at least 2 dimensions")
+    channels_last = np.moveaxis(x, axis, -1)
+    return np.array(channels_last.reshape(-1, x.shape[axis]), order="C")
+
+
+def rows_to_channels(rows: ArrayLike, shape: tuple[int, ...], axis: int) -> Float64:
+    """Return a matrix of `channels_to_rows` in the shape of the array that it was made of."""
+    others = [length for i, length in enumerate(shape) if i != axis % len(shape)]
+    rows = _float64("rows", rows, (math.prod(others), shape[axis]))
+    return np.array(np.moveaxis(rows.reshape(*others, shape[axis]), -1, axis), order="C")
+
+
 # Layer normalization: batch normalization turned on its side. Each sample is normalised by its own
 # mean and variance, which is what batch normalization does to the columns of x transposed. Only
 # gamma and beta stay where they were, one a feature, so they are applied after turning back.
@@ -488,6 +528,184 @@ def layernorm_backward(
     dxhat = dout * gamma
     dx = batchnorm_backward(dxhat.T, x.T, ones, eps)[0].T
     return np.ascontiguousarray(dx), dgamma, dbeta
+
+
+# Group normalization: each sample's channels are cut into groups of neighbours, and a group is
+# normalised by the mean and variance of all that is in it. So a group is a column of batch
+# normalization. One channel a group is instance normalization.
+
+
+def _by_sample(name: str, value: ArrayLike, axis: int) -> Float64:
+    """Return (N, ..., C, ...) as (N, C, positions)."""
+    array = _float64(name, value)
+    if array.ndim < 2 or array.size == 0 or not -array.ndim <= axis < array.ndim:
+        raise ValueError(f"{name} has shape {array.shape}, expected (N, C, ...), none of them 0")
+    if axis % array.ndim == 0:
+        raise ValueError(f"axis is {axis}, expected a channel axis after the samples' axis 0")
+    channels_second = np.moveaxis(array, axis, 1)
+    return channels_second.reshape(*channels_second.shape[:2], -1)
+
+
+def _from_samples(array: Float64, shape: tuple[int, ...], axis: int) -> Float64:
+    """Return (N, C, positions) in the shape that `_by_sample` had it from."""
+    num_samples, num_channels, *positions = np.moveaxis(np.empty(shape), axis, 1).shape
+    channels_second = array.reshape(num_samples, num_channels, *positions)
+    return np.array(np.moveaxis(channels_second, 1, axis), order="C")
+
+
+def _groups(x: Float64, num_groups: int) -> Float64:
+    """Return (N, C, positions) as a matrix whose columns are the groups of all samples."""
+    num_samples, num_channels, _ = x.shape
+    if num_groups < 1 or num_channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}, expected a divisor of {num_channels}")
+    return x.reshape(num_samples * num_groups, -1).T
+
+
+def groupnorm_forward(
+    x: ArrayLike,
+    gamma: ArrayLike,
+    beta: ArrayLike,
+    num_groups: int,
+    eps: float = 1e-5,
+    axis: int = 1,
+) -> Float64:
+    """Normalise each group of channels of each sample by its own statistics.
+
+    Parameters
+    ----------
+    x : array_like, (N, C, ...)
+        The batch; or with the channels at another `axis` than 1.
+    gamma, beta : array_like, (C,)
+        Scale and shift of each channel.
+    num_groups : int
+        How many groups the C channels of a sample are cut into; C for instance normalization.
+    eps : float
+        Added to the variance inside the root.
+    axis : int
+        Which axis of `x` the channels are; -1 where they are last.
+
+    Returns
+    -------
+    out : array, shape of x
+    """
+    samples = _by_sample("x", x, axis)
+    num_channels = samples.shape[1]
+    gamma = _float64("gamma", gamma, (num_channels,))[:, np.newaxis]
+    beta = _float64("beta", beta, (num_channels,))[:, np.newaxis]
+    groups = _groups(samples, num_groups)
+    ones = np.ones(groups.shape[1])
+    xhat = batchnorm_forward(groups, ones, 0 * ones, eps).xhat.T.reshape(samples.shape)
+    return _from_samples(gamma * xhat + beta, np.shape(x), axis)
+
+
+def groupnorm_backward(
+    dout: ArrayLike,
+    x: ArrayLike,
+    gamma: ArrayLike,
+    num_groups: int,
+    eps: float = 1e-5,
+    axis: int = 1,
+) -> tuple[Float64, Float64, Float64]:
+    """Gradients of group normalization.
+
+    Parameters
+    ----------
+    dout, x : array_like, (N, C, ...)
+        The loss's derivative by the output, and the forward pass's input.
+    gamma : array_like, (C,)
+        Scale of each channel.
+    num_groups, eps, axis
+        As in `groupnorm_forward`.
+
+    Returns
+    -------
+    dx, dgamma, dbeta : arrays of shapes (N, C, ...), (C,), (C,)
+        ``dgamma`` and ``dbeta`` sum over samples and positions, where they were broadcast. ``dx``
+        has its two means over the group, of the derivative by xhat: it has gamma in it already.
+    """
+    samples = _by_sample("x", x, axis)
+    dout = _by_sample("dout", _float64("dout", dout, np.shape(x)), axis)
+    num_channels = samples.shape[1]
+    gamma = _float64("gamma", gamma, (num_channels,))
+    groups = _groups(samples, num_groups)
+    ones = np.ones(groups.shape[1])
+
+    xhat = batchnorm_forward(groups, ones, 0 * ones, eps).xhat.T.reshape(samples.shape)
+    dbeta = _sum_rows(channels_to_rows(dout, 1))
+    dgamma = _sum_rows(channels_to_rows(dout * xhat, 1))
+    dxhat = _groups(dout * gamma[:, np.newaxis], num_groups)
+    dx = batchnorm_backward(dxhat, groups, ones, eps)[0].T.reshape(samples.shape)
+    return _from_samples(dx, np.shape(x), axis), dgamma, dbeta
+
+
+# RMS normalization: layer normalization that takes no mean away.
+
+
+def rmsnorm_forward(x: ArrayLike, gamma: ArrayLike, eps: float = 1e-5) -> Float64:
+    """Divide each row of `x` by the root of its mean square; the same in training and at test time.
+
+    Parameters
+    ----------
+    x : array_like, (N, D)
+        The batch.
+    gamma : array_like, (D,)
+        Scale of each feature.
+    eps : float
+        Added to the mean square inside the root.
+
+    Returns
+    -------
+    out : array, (N, D)
+    """
+    x = _float64_matrix("x", x)
+    gamma = _float64("gamma", gamma, (x.shape[1],))
+    rms = np.sqrt(np.mean(x**2, axis=1, keepdims=True) + eps)
+    out: Float64 = gamma * (x / rms)
+    return out
+
+
+def rmsnorm_backward(
+    dout: ArrayLike, x: ArrayLike, gamma: ArrayLike, eps: float = 1e-5
+) -> tuple[Float64, Float64]:
+    r"""Gradients of RMS normalization.
+
+    Parameters
+    ----------
+    dout, x : array_like, (N, D)
+        The loss's derivative by the output, and the forward pass's input.
+    gamma : array_like, (D,)
+        Scale of each feature.
+    eps : float
+        Added to the mean square inside the root.
+
+    Returns
+    -------
+    dx, dgamma : arrays of shapes (N, D), (D,)
+
+    Notes
+    -----
+    For one row, with ``r = rms``, ``xhat = x / r`` and ``g = gamma * dout``; mean and sum run over
+    its D features. ``x`` branches into ``xhat`` directly and through r, as in the module docstring.
+
+    1. ``r = sqrt(mean(x^2) + eps)``, so a feature's share in it is ``dr / dx = x / (D * r)``.
+
+    2. ``xhat = x / r``: by x it is 1 / r, by r it is -x / r^2 (and r was broadcast: sum), so
+       ``dr = -sum(g * x) / r^2 = -sum(g * xhat) / r``.
+
+    3. Both paths add::
+
+           dx = g / r + dr * x / (D * r)
+              = (g - xhat * mean(g * xhat)) / r
+    """
+    x = _float64_matrix("x", x)
+    dout = _float64("dout", dout, x.shape)
+    gamma = _float64("gamma", gamma, (x.shape[1],))
+    rms = np.sqrt(np.mean(x**2, axis=1, keepdims=True) + eps)
+    xhat = x / rms
+    g = gamma * dout
+    dgamma = _sum_rows(dout * xhat)
+    dx = (g - xhat * np.mean(g * xhat, axis=1, keepdims=True)) / rms
+    return dx, dgamma
 
 
 # The other layers

@@ -24,10 +24,13 @@ from gpubn.backend import is_cuda
 from gpubn.kernels import threads
 from gpubn.testing.parity import Plan, cases, contestants
 from gpubn.testing.parity.comparison import RANDOM, distance
+from gpubn.testing.parity.operation import same_as
 from gpubn.testing.parity.operations import OPERATIONS
+from gpubn.testing.parity.shapes import DTYPES, FLOATS, HALVES, KINDS
 from gpubn.testing.tolerance import BOUNDS
 
 TIMEOUT = 180
+TINY = {"float16": 2**-14, "bfloat16": 2**-126, "float32": 2**-126, "float64": 2**-1022}
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups as on POSIX")
 
 
@@ -46,10 +49,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let an operation of this process compute ReLU in another way."""
+    """Let an operation of this process compute ReLU in another way, not in half precision."""
 
     def replaced(run: Callable[..., Any], op: str = "relu") -> None:
-        monkeypatch.setitem(OPERATIONS, op, replace(OPERATIONS["relu"], name=op, run=run))
+        operation = replace(OPERATIONS["relu"], name=op, run=run, dtypes=FLOATS)
+        monkeypatch.setitem(OPERATIONS, op, operation)
 
     return replaced
 
@@ -75,13 +79,13 @@ def written(path: str = "out.json") -> Any:
 
 def test_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     before = threads.get_num_threads(), threads.WORTH_SPLITTING
-    code, out = parity(capsys, "--quick --op relu --op column-sum --json out.json")
+    code, out = parity(capsys, "--quick --op relu --op channel-sum --json out.json")
     assert code == 0
     assert "CUDA     cannot be used: no GPU in this test" in out
     assert "threads  1, 2, 4" in out
-    assert "\ncases    260; " in out
-    assert re.search(r"^relu +120 +0  0 of 0 ", out, re.MULTILINE)
-    assert re.search(r"^column-sum +140 +0  [\d.]+ of 5 ", out, re.MULTILINE)
+    assert "\ncases    332; " in out
+    assert re.search(r"^relu +192 +0  0 of 0 ", out, re.MULTILINE)
+    assert re.search(r"^channel-sum +140 +0  [\d.]+ of 5 ", out, re.MULTILINE)
     assert "the same bits everywhere\n" in out
     assert out.endswith("\nno CUDA device took part\n")
     assert (threads.get_num_threads(), threads.WORTH_SPLITTING) == before
@@ -94,11 +98,13 @@ def test_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
         *map("cpu{}".format, sets),
     ]
     assert content["environment"]["contestants"] == expected
-    relu, column_sum = content["operations"]
-    assert (relu["op"], relu["cases"], relu["failures"]) == ("relu", 120, [])
-    assert relu["results"] == 120 * 2 * (len(expected) - 1)
+    relu, channel_sum = content["operations"]
+    assert (relu["op"], relu["cases"], relu["failures"]) == ("relu", 192, [])
+    assert relu["results"] == 192 * 2 * (len(expected) - 1)
     assert relu["apart"]["distance"] == 0
-    assert column_sum["from float64"]["bound"] == 5
+    # Of the first contestant those count that it computed in another way, here channels last.
+    assert channel_sum["results"] == 140 * (4 * len(expected) - 2)
+    assert channel_sum["from float64"]["bound"] == 5
 
 
 def test_with_a_second_device(capsys: pytest.CaptureFixture[str], alone: None) -> None:
@@ -109,7 +115,7 @@ def test_with_a_second_device(capsys: pytest.CaptureFixture[str], alone: None) -
     assert "cannot be used" not in out
     assert "no CUDA" not in out
     assert "cuda:0" in written()["environment"]["contestants"]
-    assert written()["operations"][0]["results"] == 120 * 2 * 3
+    assert written()["operations"][0]["results"] == 192 * 2 * 3
 
 
 def test_every_operation_with_a_second_device(
@@ -120,6 +126,21 @@ def test_every_operation_with_a_second_device(
     assert code == 0, out
     for op in OPERATIONS:
         assert re.search(rf"^{op} +1 +0  [\d.e-]+ of ", out, re.MULTILINE), out
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_with_a_second_device(
+    capsys: pytest.CaptureFixture[str], alone: None, dtype: str
+) -> None:
+    taking = [op for op, operation in OPERATIONS.items() if dtype in operation.dtypes]
+    assert len(taking) == 13
+    with host_cuda():
+        for op in taking:
+            operation = OPERATIONS[op]
+            seed = operation.grid().index((operation.shapes.quick[1], dtype, "ordinary"))
+            code, out = parity(capsys, f"--op {op} --seed {seed}")
+            assert code == 0, out
+            assert re.search(rf"^{op} +1 +0  [\d.e-]+ of .* {dtype} ", out, re.MULTILINE), out
 
 
 def test_as_a_process() -> None:
@@ -144,7 +165,7 @@ def test_a_seed_is_a_case_of_the_grid(capsys: pytest.CaptureFixture[str], alone:
 
 
 def test_seeds_beyond_the_grid(capsys: pytest.CaptureFixture[str], alone: None) -> None:
-    beyond = len(OPERATIONS["relu"].shapes.grid())
+    beyond = len(OPERATIONS["relu"].grid())
     for _ in range(2):
         code, _ = parity(capsys, f"--op relu --seed {beyond + 10**12} --json {_}.json")
         assert code == 0
@@ -228,6 +249,35 @@ def test_a_result_of_another_shape_or_name(
     assert "more" in {each["result"] for each in infinite}
 
 
+def test_a_result_computed_in_another_way(
+    capsys: pytest.CaptureFixture[str], alone: None, replaced: Callable[..., None]
+) -> None:
+    """It has to have the bits of the one that it is named after, of the first contestant too."""
+
+    def run(x: Any, dout: Any) -> dict[str, Any]:
+        out, dx = np.maximum(x, x.dtype.type(0)), np.where(x > 0, dout, x.dtype.type(0))
+        last = np.nextafter(out, out + out.dtype.type(1)) if x.size == 7 else out
+        return {"out": out, "dx": dx, "out, backwards": last}
+
+    replaced(run, "odd")
+    code, out = parity(capsys, "--op odd --quick --json out.json")
+    assert code == 1
+    assert re.search(
+        r"BROKEN \(7,\) .*: out, backwards of cpu, 1 thread$", row(out, "odd"), re.MULTILINE
+    )
+    failures = [f for f in written()["operations"][0]["failures"] if f["shape"] == [7]]
+    assert {each["result"] for each in failures} == {"out, backwards"}
+    assert {each["contestant"] for each in failures} == {
+        "cpu, 1 thread",
+        "cpu, 2 threads",
+        "cpu, 4 threads",
+    }
+
+
+def bfloat16(*values: float) -> Any:
+    return np.array(values).astype(cases.dtype_of("bfloat16"))
+
+
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
@@ -241,6 +291,15 @@ def test_a_result_of_another_shape_or_name(
         (np.array(3), np.array(4), np.inf),
         (np.float32([]), np.float32([]), 0),
         (np.float32([1]), None, np.inf),
+        (np.float16([1, np.nan]), np.float16([1, -np.nan]), 0),
+        (np.float16([1]), np.float16([1 + 2**-10]), 1),
+        (bfloat16(1, np.nan), bfloat16(1, -np.nan), 0),
+        (bfloat16(1), bfloat16(1 + 2**-7), 1),
+        (bfloat16(0.0), bfloat16(-0.0), 1),
+        (bfloat16(-(2.0**-133)), bfloat16(2.0**-133), 3),
+        (bfloat16(np.inf), bfloat16(3.38953139e38), 1),
+        (bfloat16(1), bfloat16(np.nan), np.inf),
+        (bfloat16(1), np.float16([1]), np.inf),
     ],
 )
 def test_distance(a: Any, b: Any, expected: float) -> None:
@@ -282,7 +341,7 @@ def test_a_child_that_dies(
     assert written()["same"] is False
     assert relu["errors"][0]["contestant"] == "cpu, generic"
     assert expected in relu["errors"][0]["reason"]
-    assert relu["results"] == sgd["results"] * 2 == 120 * 2 * 2  # the others went on
+    assert (relu["results"], sgd["results"]) == (192 * 2 * 2, 120 * 2)  # the others went on
     assert sgd["errors"] == []
 
 
@@ -300,12 +359,29 @@ def test_a_device_that_fails_in_one_operation(
     with host_cuda():
         code, out = parity(capsys, "--quick --op failing --op relu --json out.json")
     assert code == 1
-    first = OPERATIONS["relu"].shapes.grid().index(((7,), "float32", "ordinary"))
+    first = OPERATIONS["relu"].grid().index(((7,), "float32", "ordinary"))
     assert f"ERROR cuda:0, seed {first}" in row(out, "failing")
     assert out.count("out of registers") == 1  # not once for every case
     failing, whole = written()["operations"]
     assert failing["results"] == 120 * 2 * 2 + first * 2
-    assert whole["results"] == 120 * 2 * 3
+    assert whole["results"] == 192 * 2 * 3
+
+
+def test_without_bfloat16(
+    capsys: pytest.CaptureFixture[str], alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other cases keep their numbers."""
+    bfloat16 = OPERATIONS["relu"].grid().index(((1,), "bfloat16", "ordinary"))
+    parity(capsys, "--op relu --quick --json with.json")
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    code, out = parity(capsys, "--op relu --quick --json without.json")
+    assert code == 0
+    assert "bfloat16 cannot be used: NumPy has it from ml_dtypes, which is not installed" in out
+    assert "\ncases    156; " in out
+    assert re.search(r"^relu +156 +0  0 of 0 ", out, re.MULTILINE)
+    assert written("with.json")["operations"][0]["apart"]["seed"] == 0
+    assert cli.main(["parity", "--op", "relu", "--seed", str(bfloat16)]) == 2
+    assert f"seed {bfloat16} of relu is of bfloat16: NumPy has it" in capsys.readouterr().err
 
 
 # --- Another instruction set ----------------------------------------------------------------------
@@ -398,7 +474,7 @@ def test_a_bar_where_tqdm_draws_one(
     out, err = capfd.readouterr()
     assert row(out, "relu")
     assert "relu" in err
-    assert "0/120" in err
+    assert "0/192" in err
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["parity", "--op", "relu", "--seed", "0"]) == 0
     assert capfd.readouterr().err == ""
@@ -440,36 +516,35 @@ def op(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_quick_cases_are_the_grids_first(op: str) -> None:
-    shapes = OPERATIONS[op].shapes
-    quick, full = shapes.grid(quick=True), shapes.grid()
+    operation = OPERATIONS[op]
+    quick, full = operation.grid(quick=True), operation.grid()
     assert full[: len(quick)] == quick
     assert len(set(full)) == len(full)
     assert Plan.of([op], quick=True).seeds == {op: range(len(quick))}
     assert Plan.of([op]).seeds == {op: range(len(full) + RANDOM)}
-    assert {dtype for _, dtype, _ in quick} == set(cases.DTYPES)
-    assert {kind for _, _, kind in quick} == set(cases.KINDS)
+    assert {dtype for _, dtype, _ in quick} == set(operation.dtypes)
+    assert {kind for _, _, kind in quick} == set(KINDS)
     # Some are large enough to be split among threads as in use.
     assert any(np.prod(shape) >= 3 * threads.WORTH_SPLITTING for shape, _, _ in full)
 
 
 def test_every_result_is_held_to_a_bound(op: str) -> None:
     operation = OPERATIONS[op]
-    held = [case for case in map(operation.case, range(20)) if operation.holds(case)]
+    held = [case for case in map(operation.case, range(200)) if operation.holds(case)]
     assert {case.kind for case in held} >= {"ordinary", "mean 1e6", "subnormal"}
-    assert {case.dtype for case in held} == set(cases.DTYPES)
-    for case in held[:3]:
+    assert {case.dtype for case in held} == set(operation.dtypes)
+    firsts = {case.dtype: case for case in reversed(held)}
+    for case in firsts.values():
         arguments = operation.draw(case)
         results = contestants.compute(contestants.CPU, op, arguments)
-        assert operation.reference is not None
-        with np.errstate(all="ignore"):
-            expected = operation.reference(**arguments)
-        assert expected.keys() == results.keys()
+        expected = operation.expected(arguments, results)
+        assert expected.keys() == set(map(same_as, results))
         assert {each.row for each in expected.values()} <= BOUNDS.keys()
 
 
 def test_a_case_is_the_same_whenever_it_is_drawn(op: str) -> None:
     operation = OPERATIONS[op]
-    for seed in (0, 3, 10**6):
+    for seed in (0, 3, 150, 10**6):
         case = operation.case(seed)
         assert operation.case(seed) == case
         a, b = operation.draw(case), operation.draw(case)
@@ -483,17 +558,17 @@ def test_operations_draw_different_numbers() -> None:
     assert drawn[0] != drawn[1]
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_kinds_are_what_they_say(dtype: str) -> None:
     rng = np.random.default_rng(0)
     with np.errstate(all="ignore"):
-        x = {kind: cases.values(kind, (30, 40), dtype, rng) for kind in cases.KINDS}
+        x = {kind: cases.values(kind, (30, 40), dtype, rng) for kind in KINDS}
         squares, square = np.square(x["near 1e30"]), np.square(x["outlier"].max())
-    assert all(array.dtype == dtype and array.shape == (30, 40) for array in x.values())
+        x = {kind: array.astype(np.float64) for kind, array in of_dtype(x, dtype).items()}
     assert np.isinf(squares).mean() > 0.9
-    assert np.isfinite(x["near 1e30"]).all()
-    assert np.abs(x["subnormal"]).max() < np.finfo(dtype).tiny
-    assert np.count_nonzero(x["subnormal"]) == 1200
+    assert np.isfinite(x["near 1e30"]).mean() > 0.9  # a few are too large for float16
+    assert np.abs(x["subnormal"]).max() < float(cases.dtype_of(dtype).type(TINY[dtype]))
+    assert np.count_nonzero(x["subnormal"]) > (1100 if dtype in HALVES else 1199)
     zeros = x["signed zeros"][x["signed zeros"] == 0]
     assert 0.4 < np.signbit(zeros).mean() < 0.6
     assert np.isnan(x["NaN"]).any()
@@ -502,13 +577,19 @@ def test_kinds_are_what_they_say(dtype: str) -> None:
     assert np.isinf(square)
 
 
+def of_dtype(arrays: dict[str, Any], dtype: str) -> dict[str, Any]:
+    assert {(array.dtype.name, array.shape) for array in arrays.values()} == {(dtype, (30, 40))}
+    return arrays
+
+
 def test_every_operation_of_the_layers_and_rules_is_there() -> None:
     from gpubn import layers
     from gpubn.train.optim import RULES
 
     names = {name.removesuffix("_forward") for name in layers.__all__ if "backward" not in name}
     names = {name.replace("_", "-") for name in names}
-    assert names - set(OPERATIONS) <= {"affine", "affine-relu", "affine-bn-relu"}
+    # These are made of the others, and nothing else.
+    assert names - set(OPERATIONS) == {"affine-relu", "affine-bn-relu", "spatial-groupnorm"}
     assert set(RULES) <= set(OPERATIONS)
 
 

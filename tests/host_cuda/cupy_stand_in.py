@@ -278,16 +278,21 @@ def _index(key: Any) -> tuple[Any, ...]:
 
 def _poisoned(host: np.ndarray) -> np.ndarray:
     """Fill uninitialised memory so that reading it shows: NaN, or all bits set."""
-    kind = host.dtype.kind
+    kind = "f" if _is_bfloat16(host.dtype) else host.dtype.kind
     host.fill(np.nan if kind in "fc" else np.iinfo(host.dtype).max if kind == "u" else -1)
     return host
+
+
+def _is_bfloat16(dtype: np.dtype) -> bool:
+    """Tell whether it is ml_dtypes.bfloat16, which CuPy 14 has in arrays."""
+    return dtype.name == "bfloat16"
 
 
 def _to_device(value: Any) -> Any:
     """Wrap what NumPy returned: arrays, scalars, and tuples and lists of them."""
     if isinstance(value, np.ndarray | np.generic):
         host = np.asarray(value)
-        if host.dtype.kind not in "biufc":
+        if host.dtype.kind not in "biufc" and not _is_bfloat16(host.dtype):
             raise ValueError(f"Unsupported dtype {host.dtype}")
         array = ndarray.__new__(ndarray)
         array._host = host
@@ -564,7 +569,7 @@ def _code(dtype: np.dtype) -> str:
 
 
 # Half floats travel as their bits, and masks as bytes.
-_SAME_POINTERS = {("*u2", "*f2"), ("*u1", "*b1")}
+_SAME_POINTERS = {("*u2", "*f2"), ("*u2", "*V2"), ("*u1", "*b1")}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ import importlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import host_cuda
 from host_cuda import cupy_stand_in, nvrtc
 
+from gpubn.kernels.statistics import Statistics
 from gpubn.kernels.threads import get_num_threads
 
 KERNELS = Path(importlib.import_module("gpubn.kernels").__file__ or "").parent
@@ -23,35 +26,26 @@ BAD = r"\b(?:\w+\.)*ftz\.\w+|approx\.\w+|div\.full\.\w+"
 # Two roundings made one, where the contract does not say so.
 FUSED = r"\b(?:fma|mad)\.(?:rn\.)?f\d+"
 MAY_FUSE = {"matmul", "softmax_loss", "gpubn_exp", "gpubn_log"}
+ALL_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 @functools.cache
 def used_sources() -> tuple[cupy_stand_in.Source, ...]:
-    """Call every kernel for both dtypes, and return what it would have had CuPy compile."""
+    """Call every kernel for every dtype, and return what it would have had CuPy compile."""
     first = len(cupy_stand_in.sources)
     with host_cuda():
         import cupy
 
         modules = {op: importlib.import_module(f"gpubn.kernels.{op}_cuda") for op in OPS}
+        for dtype in (np.float16, ml_dtypes.bfloat16):
+            use_norms(modules, cupy, dtype)
         for dtype in (np.float32, np.float64):
+            use_norms(modules, cupy, dtype)
             x = cupy.asarray(np.random.default_rng(0).standard_normal((300, 5)).astype(dtype))
             gamma = x[0]
-            batchnorm, layernorm = modules["batchnorm"], modules["layernorm"]
-            k = batchnorm.shift(x)
-            mean, var = batchnorm.moments(x, k)
-            invstd, scale = batchnorm.statistics(var, gamma, 1e-5)
-            batchnorm.normalize(x, k, mean, scale, gamma)
-            sums = batchnorm.backward_sums(x, x, k, mean, invstd)
-            batchnorm.backward_dx(x, x, k, mean, invstd, scale, *sums, 300)
-            batchnorm.backward_dx_fixed(x, scale)
-            batchnorm.running_update(mean, var, k, mean, var, 0.9)
-            _, *stats = layernorm.forward(x, gamma, gamma, 1e-5)
-            layernorm.backward_dx(x, x, gamma, *stats)
-            layernorm.backward_sums(x, x, *stats)
-            modules["columns"].column_sum(x)
-            modules["relu"].forward(x)
-            modules["relu"].backward(x, x)
-            modules["dropout"].apply(x, 0.5, 1, 2, 3)
+            modules["samples"].channel_sum(x[None, :, :, None])
+            modules["samples"].channel_sum(x[None, None])
+            modules["samples"].square_sum(x[None, :, :, None])
             modules["elementary"].exp(x)
             modules["elementary"].log(x)
             gemm, losses, l2 = modules["gemm"], modules["losses"], modules["l2"]
@@ -78,6 +72,42 @@ def used_sources() -> tuple[cupy_stand_in.Source, ...]:
     return tuple(cupy_stand_in.sources[first:])
 
 
+def use_norms(modules: dict[str, Any], cupy: Any, dtype: Any) -> None:
+    """Call what takes half precision too: channels last and first, plain and fused."""
+    rng = np.random.default_rng(0)
+    real = np.float64 if dtype is np.float64 else np.float32
+    batchnorm, group = modules["batchnorm"], modules["groupnorm"]
+    for shape in ((1, 300, 5, 1), (1, 3, 5, 100)):
+        x = cupy.asarray(rng.standard_normal(shape).astype(dtype))
+        gamma = cupy.asarray(rng.standard_normal(5).astype(real))
+        shift = batchnorm.shift(x)
+        mean, var = batchnorm.moments(x, shift)
+        invstd, scale = batchnorm.statistics(var, gamma, 1e-5)
+        channels = Statistics(shift, mean, invstd, scale, gamma)
+        batchnorm.running_update(mean, var, shift, mean, var, 0.9)
+        batchnorm.normalize(x, channels, x)
+        batchnorm.backward_sums_add_relu(x, x, x, channels)
+        for relu in (False, True):
+            batchnorm.normalize(x, channels, relu=relu)
+            sums = batchnorm.backward_sums(x, x, channels, relu)
+            gradients = batchnorm.gradients(scale, *sums, 300)
+            batchnorm.backward_dx(x, x, channels, gradients, relu)
+            batchnorm.backward_dx_fixed(x, x, channels, relu)
+        group.shift(x, 5)
+        group.merge_channels(mean, var, 5, 300)
+        group.gradients(gamma, invstd, mean, var, 5, 300)
+    rows = x.reshape(300, 5)
+    _, *stats = modules["layernorm"].forward(rows, gamma, gamma, 1e-5)
+    modules["layernorm"].backward_dx(rows, rows, gamma, *stats)
+    modules["layernorm"].backward_sums(rows, rows, *stats)
+    _, invrms = modules["rmsnorm"].forward(rows, gamma, 1e-5)
+    modules["rmsnorm"].backward_dx(rows, rows, gamma, invrms)
+    modules["rmsnorm"].backward_sums(rows, rows, invrms)
+    modules["relu"].forward(x)
+    modules["relu"].backward(x, x)
+    modules["dropout"].apply(x, 0.5, 1, 2, 3)
+
+
 def test_nothing_is_left_out() -> None:
     """Every kernel of every .cuh file and every ElementwiseKernel was called above."""
     sources = used_sources()
@@ -89,10 +119,19 @@ def test_nothing_is_left_out() -> None:
     }
     text = "\n".join(path.read_text("utf-8") for path in KERNELS.glob("*.cuh"))
     assert called == set(re.findall(r"__global__ void (\w+)\(", text))
+    called = {}
     for source in sources:
         if source.kind == "elementwise":
             dtypes = {argument.dtype for i in source.instances for argument in i.arguments}
-            assert {"float32", "float64"} <= dtypes, f"{source.name} was not called"
+            # Those of arrays of any precision have a kernel for each, named after it.
+            name, _, dtype = source.name.rpartition("_")
+            split = dtype in ALL_DTYPES
+            called.setdefault(name if split else source.name, set()).update(
+                {dtype} if split else dtypes
+            )
+    for name, dtypes in called.items():
+        assert {"float32", "float64"} <= dtypes, f"{name} was not called"
+        assert not dtypes & {*ALL_DTYPES[2:]} or {*ALL_DTYPES} <= dtypes, name
 
 
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))

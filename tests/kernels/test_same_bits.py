@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import host_cuda
@@ -19,14 +20,23 @@ from numpy.typing import NDArray
 
 import gpubn
 from gpubn.backend import namespace
+from gpubn.kernels.statistics import Statistics
 from gpubn.kernels.threads import get_num_threads, set_num_threads
+from gpubn.layers import _view
 
 DTYPES = (np.float32, np.float64)
+HALVES = (np.float16, ml_dtypes.bfloat16)
 # Around the edges of a leaf (8), a lane (256), a block's columns (32), a tile (256 and 1,024).
 SHAPES = (
     *((1, 1), (2, 1), (1, 7), (7, 3), (8, 32), (9, 33), (31, 31), (64, 5), (17, 256)),
     *((255, 4), (256, 3), (257, 2), (1025, 3), (2049, 1), (9001, 2)),
     *((5, 257), (3, 2047), (2, 2049), (2, 9001)),
+)
+# (I, B, C, S): samples over the edge of a leaf, of a batch, of the buffer of 1,024, of CUDA's tile
+# of 2,048; instances with rows of channels (S = 1) and with planes.
+VIEWS = (
+    *((1, 1, 1, 9), (1, 3, 2, 5), (1, 4, 3, 49), (1, 7, 1, 3), (1, 2, 3, 1025), (1, 1, 2, 9001)),
+    *((1, 1, 5, 2049), (3, 1, 2, 7), (2, 3, 2, 683), (3, 5, 4, 1), (2, 257, 33, 1), (5, 1, 300, 1)),
 )
 # Layer norm takes a block for each row, which the host runs one after another: fewer rows.
 ROW_SHAPES = tuple(shape for shape in SHAPES if shape[0] <= 257)
@@ -53,7 +63,7 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
-def values(kind: str, shape: tuple[int, int], dtype: type, rng: np.random.Generator) -> Any:
+def values(kind: str, shape: tuple[int, ...], dtype: type, rng: np.random.Generator) -> Any:
     x = rng.standard_normal(shape)
     if kind == "mean 1e6":
         x = 1e6 + 0.5 * x
@@ -71,7 +81,8 @@ def values(kind: str, shape: tuple[int, int], dtype: type, rng: np.random.Genera
         x.flat[:: max(1, x.size // 7)] = rng.choice(
             [np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-45, -1e-45], len(x.flat[:: max(1, x.size // 7)])
         )
-    return x.astype(dtype)
+    with np.errstate(over="ignore"):
+        return x.astype(dtype)
 
 
 def both(op: str, call: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any]) -> None:
@@ -88,7 +99,7 @@ def both(op: str, call: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any]) -
 def assert_same_bits(a: NDArray[Any], b: NDArray[Any], what: str) -> None:
     assert a.shape == b.shape, what
     assert a.dtype == b.dtype, what
-    integer = {4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
+    integer = {2: np.uint16, 4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
     differ = (a.view(integer) != b.view(integer)) & ~(np.isnan(a) & np.isnan(b))
     if differ.any():
         at = tuple(int(i) for i in np.argwhere(differ)[0])
@@ -127,24 +138,62 @@ def channels(count: int, dtype: type, rng: np.random.Generator) -> tuple[Any, An
 def batchnorm(
     kernels: Any, x: Any, dout: Any, gamma: Any, beta: Any, mean: Any, var: Any
 ) -> tuple[Any, ...]:
+    """Return what every function gives; ``x`` is (I, B, C, S)."""
     k = kernels.shift(x)
     running = (mean, var)
     mean, var = kernels.moments(x, k)
     invstd, scale = kernels.statistics(var, gamma, 1e-5)
-    out = kernels.normalize(x, k, mean, scale, beta)
-    sums = kernels.backward_sums(dout, x, k, mean, invstd)
-    dx = kernels.backward_dx(dout, x, k, mean, invstd, scale, *sums, len(x))
-    fixed = kernels.backward_dx_fixed(x, scale)
-    new = kernels.running_update(*running, k, mean, var, 0.9)
-    return (k, mean, var, invstd, scale, out, *sums, dx, fixed, *new)
+    channels = Statistics(k, mean, invstd, scale, beta)
+    out = [kernels.normalize(x, channels, *extra) for extra in ((), (None, True), (dout, True))]
+    results = [k, mean, var, invstd, scale, *out]
+    for relu in (False, True):
+        sums = kernels.backward_sums(dout, x, channels, relu)
+        gradients = kernels.gradients(scale, *sums, x.shape[1] * x.shape[3])
+        dx = kernels.backward_dx(dout, x, channels, gradients, relu)
+        results += [*sums, *gradients, dx, kernels.backward_dx_fixed(dout, x, channels, relu)]
+    results += kernels.backward_sums_add_relu(dout, out[-1], x, channels)
+    for correction in (1.0, 1.5):
+        results += kernels.running_update(*running, k, mean, var, 0.9, correction)
+    return tuple(results)
 
 
 @in_either_order
 def test_batchnorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
-    for shape in SHAPES:
+    views = [(1, rows, columns, 1) for rows, columns in SHAPES]
+    for shape in (*views, *VIEWS):
         x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
-        affine, running = channels(shape[1], dtype, rng), channels(shape[1], dtype, rng)
+        count = shape[0] * shape[2]
+        affine, running = channels(count, dtype, rng), channels(count, dtype, rng)
         both("batchnorm", batchnorm, x, dout, *affine, *running)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=lambda dtype: np.dtype(dtype).name)
+def test_batchnorm_of_half_precision(half: Any, kind: str, rng: np.random.Generator) -> None:
+    for shape in ((1, 257, 33, 1), *VIEWS):
+        x, dout = values(kind, shape, half, rng), values("ordinary", shape, half, rng)
+        count = shape[0] * shape[2]
+        affine, running = channels(count, np.float32, rng), channels(count, np.float32, rng)
+        both("batchnorm", batchnorm, x, dout, *affine, *running)
+
+
+def groupnorm(kernels: Any, x: Any, gamma: Any, mean: Any, var: Any) -> tuple[Any, ...]:
+    """Return what every function gives, for groups of every size; ``x`` is (I, B, C, S)."""
+    samples = x.shape[1] * x.shape[3]
+    results = []
+    for size in (n for n in (1, 2, 3, x.shape[2]) if x.shape[2] % n == 0):
+        results.append(kernels.shift(x, size))
+        results += kernels.merge_channels(mean, abs(var), size, samples)
+        results += kernels.gradients(gamma, abs(var), mean, var, size, samples)
+    return tuple(results)
+
+
+@in_either_order
+def test_groupnorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
+    for shape in (*VIEWS, (2, 1, 2049, 1), (1, 1, 60, 5)):
+        count = shape[0] * shape[2]
+        mean, var = (values(kind, (1, count), dtype, rng)[0] for _ in range(2))
+        x = values(kind, shape, dtype, rng)
+        both("groupnorm", groupnorm, x, channels(count, dtype, rng)[0], mean, var)
 
 
 def layernorm(kernels: Any, x: Any, dout: Any, gamma: Any, beta: Any) -> tuple[Any, ...]:
@@ -158,6 +207,30 @@ def test_layernorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order
     for shape in ROW_SHAPES:
         x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
         both("layernorm", layernorm, x, dout, *channels(shape[1], dtype, rng))
+
+
+@pytest.mark.parametrize("half", HALVES, ids=lambda dtype: np.dtype(dtype).name)
+def test_rows_of_half_precision(half: Any, kind: str, rng: np.random.Generator) -> None:
+    for shape in ((7, 3), (17, 256), (3, 2047)):
+        x, dout = values(kind, shape, half, rng), values("ordinary", shape, half, rng)
+        gamma, beta = channels(shape[1], np.float32, rng)
+        both("layernorm", layernorm, x, dout, gamma, beta)
+        both("rmsnorm", rmsnorm, x, dout, gamma)
+        both("relu", relu, x, dout)
+        both("dropout", dropout, x)
+
+
+def rmsnorm(kernels: Any, x: Any, dout: Any, gamma: Any) -> tuple[Any, ...]:
+    out, invrms = kernels.forward(x, gamma, 1e-5)
+    dx = kernels.backward_dx(dout, x, gamma, invrms)
+    return out, invrms, dx, kernels.backward_sums(dout, x, invrms)
+
+
+@in_either_order
+def test_rmsnorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
+    for shape in ROW_SHAPES:
+        x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
+        both("rmsnorm", rmsnorm, x, dout, channels(shape[1], dtype, rng)[0])
 
 
 def relu(kernels: Any, x: Any, dout: Any) -> tuple[Any, ...]:
@@ -176,14 +249,41 @@ def test_relu_and_dropout(kind: str, dtype: Any, rng: np.random.Generator) -> No
         both("dropout", dropout, x)
 
 
-def column_sum(kernels: Any, x: Any) -> tuple[Any, ...]:
-    return (kernels.column_sum(x),)
+def sums(kernels: Any, x: Any) -> tuple[Any, ...]:
+    return kernels.channel_sum(x), kernels.square_sum(x)
 
 
 @in_either_order
-def test_column_sum(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
-    for shape in SHAPES:
-        both("columns", column_sum, values(kind, shape, dtype, rng))
+def test_sums(kind: str, dtype: Any, rng: np.random.Generator, thread_order: None) -> None:
+    views = [(1, rows, columns, 1) for rows, columns in SHAPES]
+    for shape in (*views, *VIEWS):
+        both("samples", sums, values(kind, shape, dtype, rng))
+
+
+def test_samples_have_one_order_in_every_layout(
+    kind: str, dtype: Any, rng: np.random.Generator
+) -> None:
+    """Channels at their place in memory, last, and first: the same samples, the same bits."""
+    kernels = importlib.import_module("gpubn.kernels.batchnorm_numba")
+    for shape in ((4, 3, 49), (2, 3, 1025), (31, 5, 8), (3, 2, 9001)):
+        x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
+        affine, running = channels(shape[1], dtype, rng), channels(shape[1], dtype, rng)
+        expected = None
+        for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2)):
+            x, dout = (in_memory(array, order) for array in (x, dout))
+            view = _view.of_batch(x, 1)
+            assert view.order == order
+            results = batchnorm(kernels, view.take(x), view.take(dout), *affine, *running)
+            results = tuple(view.give(a).copy() if a.ndim == 4 else a for a in results)
+            expected = expected or results
+            for i, (a, b) in enumerate(zip(results, expected, strict=True)):
+                assert_same_bits(a.copy("C"), b.copy("C"), f"{order} result {i}")
+
+
+def in_memory(array: NDArray[Any], order: tuple[int, ...]) -> NDArray[Any]:
+    """Return the same array with its axes in this order in memory."""
+    inverse = tuple(order.index(i) for i in range(array.ndim))
+    return np.ascontiguousarray(array.transpose(order)).transpose(inverse)
 
 
 def update_rules(kernels: Any, w: Any, dw: Any, state: Any) -> tuple[Any, ...]:
@@ -350,10 +450,12 @@ def test_a_tile_gives_every_multiprocessor_a_block(
 
 
 def merged_and_together(kernels: Any, x: Any) -> tuple[Any, ...]:
+    x = x[None, :, :, None]
     k = kernels.shift(x)
-    parts = [kernels.moments(x[i : i + 256], k) for i in range(0, len(x), 256)]
+    rows = x.shape[1]
+    parts = [kernels.moments(x[:, i : i + 256], k) for i in range(0, rows, 256)]
     mean, var = (namespace(x).stack([part[i] for part in parts]) for i in range(2))
-    return (*kernels.merge_moments(mean, var, 256, len(x)), *kernels.moments(x, k))
+    return (*kernels.merge_moments(mean, var, 256, rows), *kernels.moments(x, k))
 
 
 def test_moments_merge_as_if_taken_together(rng: np.random.Generator) -> None:
@@ -367,29 +469,29 @@ def test_moments_merge_as_if_taken_together(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator) -> None:
-    norm, rows, columns, masks, gemm, scores, norms = (
-        importlib.import_module(f"gpubn.kernels.{op}_numba")
-        for op in ("batchnorm", "layernorm", "columns", "dropout", "gemm", "losses", "l2")
+    names = ("batchnorm", "groupnorm", "layernorm", "rmsnorm", "samples", "dropout", "gemm")
+    norm, group, rows, rms, samples, masks, gemm, scores, norms = (
+        importlib.import_module(f"gpubn.kernels.{op}_numba") for op in (*names, "losses", "l2")
     )
 
-    def run(x: Any, dout: Any) -> tuple[Any, ...]:
+    def run(x: Any, dout: Any) -> list[Any]:
         gamma, beta = x[0], x[1]
-        k = norm.shift(x)
-        mean, var = norm.moments(x, k)
-        invstd, scale = norm.statistics(var, gamma, 1e-5)
-        sums = norm.backward_sums(dout, x, k, mean, invstd)
         out, *stats = rows.forward(x, gamma, beta, 1e-5)
-        return (
-            *(mean, var, *sums, out, columns.column_sum(x)),
-            norm.normalize(x, k, mean, scale, beta),
-            norm.backward_dx(dout, x, k, mean, invstd, scale, *sums, len(x)),
-            rows.backward_dx(dout, x, gamma, *stats),
-            *rows.backward_sums(dout, x, *stats),
-            masks.apply(x, 0.5, 1, 2, 3),
+        results = [
+            *(out, rows.backward_dx(dout, x, gamma, *stats), *rows.backward_sums(dout, x, *stats)),
+            *rms.forward(x, gamma, 1e-5),
+            *(masks.apply(x, 0.5, 1, 2, 3), norms.sum_of_squares(x)),
             *(gemm.matmul(x, dout[:20].T), gemm.matmul(x.T, dout[:, :9].copy())),
             *(*scores.softmax_loss(x, labels), *scores.svm_loss(x, labels)),
-            norms.sum_of_squares(x),
-        )
+        ]
+        count, width = x.shape
+        # Rows of channels, planes of samples, one long channel, and instances of rows.
+        for view in ((1, count, width, 1), (1, 1, count, width), (1, 1, 1, -1), (count, 1, -1, 1)):
+            y, g = x.reshape(view), dout.reshape(view)
+            affine = [np.resize(a, y.shape[0] * y.shape[2]) for a in (gamma, beta)]
+            results += batchnorm(norm, y, g, *affine, *affine)
+            results += (*sums(samples, y), group.shift(y, 1))
+        return results
 
     before = get_num_threads()
     try:
@@ -404,10 +506,3 @@ def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator)
                 assert_same_bits(a, b, f"{shape} result {i}")
     finally:
         set_num_threads(before)
-
-
-def test_parts_must_be_as_many_as_the_rows_make() -> None:
-    kernels = importlib.import_module("gpubn.kernels.batchnorm_numba")
-    part = np.ones((2, 3), np.float32)
-    with pytest.raises(ValueError, match="expected 100 parts of both: 800 rows in parts of 8"):
-        kernels.merge_moments(part, part, 8, 800)

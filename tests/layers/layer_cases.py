@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ CPU = resolve("cpu")
 both_dtypes = pytest.mark.parametrize(
     "dtype", [np.float32, np.float64], ids=lambda dtype: dtype.__name__
 )
+HALVES = (np.float16, ml_dtypes.bfloat16)
+both_halves = pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.__name__)
 
 # --- Every layer, forward and backward, as a function of arrays ----------------------------------
 
@@ -47,24 +50,115 @@ def batchnorm(
     running_var: Array,
     dout: Array,
     mode: str = "train",
+    axis: int = 1,
 ) -> Arrays:
     bn_param = {"mode": mode, "running_mean": running_mean, "running_var": running_var}
-    out, cache = layers.batchnorm_forward(x, gamma, beta, bn_param)
+    out, cache = layers.batchnorm_forward(x, gamma, beta, bn_param, axis)
     dx, dgamma, dbeta = layers.batchnorm_backward(dout, cache)
-    running = {name: bn_param[name] for name in ("running_mean", "running_var")}
-    return {"out": out, "dx": dx, "dgamma": dgamma, "dbeta": dbeta, **running}
+    return {"out": out, "dx": dx, "dgamma": dgamma, "dbeta": dbeta, **running(bn_param)}
 
 
 def batchnorm_test(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    dout: Array,
+    axis: int = 1,
+) -> Arrays:
+    return batchnorm(x, gamma, beta, running_mean, running_var, dout, "test", axis)
+
+
+def batchnorm_images(
     x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, dout: Array
 ) -> Arrays:
-    return batchnorm(x, gamma, beta, running_mean, running_var, dout, "test")
+    return batchnorm(x, gamma, beta, running_mean, running_var, dout)
+
+
+def batchnorm_channels_last(
+    x: Array, gamma: Array, beta: Array, running_mean: Array, running_var: Array, dout: Array
+) -> Arrays:
+    return batchnorm(x, gamma, beta, running_mean, running_var, dout, axis=-1)
+
+
+def batchnorm_relu(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    dout: Array,
+    mode: str = "train",
+    axis: int = 1,
+) -> Arrays:
+    bn_param = {"mode": mode, "running_mean": running_mean, "running_var": running_var}
+    out, cache = layers.batchnorm_relu_forward(x, gamma, beta, bn_param, axis)
+    dx, dgamma, dbeta = layers.batchnorm_relu_backward(dout, cache)
+    return {"out": out, "dx": dx, "dgamma": dgamma, "dbeta": dbeta, **running(bn_param)}
+
+
+def batchnorm_add_relu(
+    x: Array,
+    residual: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    dout: Array,
+    mode: str = "train",
+    axis: int = 1,
+) -> Arrays:
+    bn_param = {"mode": mode, "running_mean": running_mean, "running_var": running_var}
+    out, cache = layers.batchnorm_add_relu_forward(x, residual, gamma, beta, bn_param, axis)
+    gradients = layers.batchnorm_add_relu_backward(dout, cache)
+    names = ("dx", "dresidual", "dgamma", "dbeta")
+    return {"out": out, **dict(zip(names, gradients, strict=True)), **running(bn_param)}
+
+
+def running(bn_param: Arrays) -> Arrays:
+    return {name: bn_param[name] for name in ("running_mean", "running_var")}
+
+
+def groupnorm(
+    x: Array, gamma: Array, beta: Array, dout: Array, groups: int | None = None, axis: int = 1
+) -> Arrays:
+    """By default of three groups, or of two or one where three do not divide the channels."""
+    groups = groups or next(g for g in (3, 2, 1) if x.shape[axis] % g == 0)
+    out, cache = layers.groupnorm_forward(x, gamma, beta, groups, {}, axis)
+    dx, dgamma, dbeta = layers.groupnorm_backward(dout, cache)
+    return {"out": out, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+
+
+def groupnorm_images(x: Array, gamma: Array, beta: Array, dout: Array) -> Arrays:
+    return groupnorm(x, gamma, beta, dout)
+
+
+def groupnorm_channels_last(x: Array, gamma: Array, beta: Array, dout: Array) -> Arrays:
+    return groupnorm(x, gamma, beta, dout, axis=-1)
+
+
+def instancenorm(x: Array, gamma: Array, beta: Array, dout: Array, axis: int = 1) -> Arrays:
+    out, cache = layers.instancenorm_forward(x, gamma, beta, {}, axis)
+    dx, dgamma, dbeta = layers.instancenorm_backward(dout, cache)
+    return {"out": out, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
 
 
 def layernorm(x: Array, gamma: Array, beta: Array, dout: Array) -> Arrays:
     out, cache = layers.layernorm_forward(x, gamma, beta, {})
     dx, dgamma, dbeta = layers.layernorm_backward(dout, cache)
     return {"out": out, "dx": dx, "dgamma": dgamma, "dbeta": dbeta}
+
+
+def layernorm_images(x: Array, gamma: Array, beta: Array, dout: Array) -> Arrays:
+    """Over channels and positions: gamma has the shape of a sample."""
+    return layernorm(x, gamma, beta, dout)
+
+
+def rmsnorm(x: Array, gamma: Array, dout: Array) -> Arrays:
+    out, cache = layers.rmsnorm_forward(x, gamma, {})
+    dx, dgamma = layers.rmsnorm_backward(dout, cache)
+    return {"out": out, "dx": dx, "dgamma": dgamma}
 
 
 def dropout(x: Array, dout: Array) -> Arrays:
@@ -98,42 +192,73 @@ def affine_bn_relu(
     out, cache = layers.affine_bn_relu_forward(x, w, b, gamma, beta, bn_param)
     gradients = layers.affine_bn_relu_backward(dout, cache)
     names = ("dx", "dw", "db", "dgamma", "dbeta")
-    running = {name: bn_param[name] for name in ("running_mean", "running_var")}
-    return {"out": out, **dict(zip(names, gradients, strict=True)), **running}
+    return {"out": out, **dict(zip(names, gradients, strict=True)), **running(bn_param)}
 
 
 Layer = Callable[..., Arrays]
-LAYERS: tuple[Layer, ...] = (
-    *(
-        affine,
-        affine_reproducible,
-        relu,
-        batchnorm,
-        batchnorm_test,
-        layernorm,
-        dropout,
-        dropout_test,
-    ),
-    *(softmax_loss, svm_loss, affine_relu, affine_bn_relu),
+NORMALIZATIONS: tuple[Layer, ...] = (
+    *(batchnorm, batchnorm_test, batchnorm_images, batchnorm_channels_last),
+    *(batchnorm_relu, batchnorm_add_relu, layernorm, layernorm_images, rmsnorm),
+    *(groupnorm, groupnorm_images, groupnorm_channels_last, instancenorm),
 )
+LAYERS: tuple[Layer, ...] = (
+    *(affine, affine_reproducible, affine_relu, affine_bn_relu),
+    *(relu, dropout, dropout_test, softmax_loss, svm_loss),
+    *NORMALIZATIONS,
+)
+# Those whose x has more than two dimensions, with its shape for so many samples and channels.
+SHAPES: dict[Layer, Callable[[int, int], tuple[int, ...]]] = {
+    batchnorm_images: lambda samples, channels: (samples, channels, 2, 3),
+    batchnorm_add_relu: lambda samples, channels: (samples, channels, 2),
+    batchnorm_channels_last: lambda samples, channels: (samples, 3, channels),
+    layernorm_images: lambda samples, channels: (samples, channels, 2, 2),
+    groupnorm_images: lambda samples, channels: (samples, channels, 3, 2),
+    groupnorm_channels_last: lambda samples, channels: (samples, 5, channels),
+    instancenorm: lambda samples, channels: (samples, channels, 7),
+}
 
 
 def argument_names(layer: Layer) -> list[str]:
-    choices = ("mode", "reproducible")
+    choices = ("mode", "reproducible", "axis", "groups")
     return [name for name in inspect.signature(layer).parameters if name not in choices]
+
+
+def accumulator(dtype: Any) -> np.dtype[Any]:
+    """Return the dtype of parameters and statistics beside arrays of this one."""
+    return np.dtype(np.float32) if dtype in HALVES else np.dtype(dtype)
 
 
 def draw(
     layer: Layer, rows: int, columns: int, dtype: Any, rng: np.random.Generator
 ) -> dict[str, NDArray[Any]]:
     """Return random NumPy arguments of a layer; ``w`` is square, so ``dout`` has x's shape."""
+    shape = SHAPES.get(layer, lambda *shape: shape)(rows, columns)
+    return draw_of_shape(layer, shape, dtype, rng, columns)
+
+
+def draw_of_shape(
+    layer: Layer,
+    shape: tuple[int, ...],
+    dtype: Any,
+    rng: np.random.Generator,
+    channels: int | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Return random arguments for x of this shape, with its channels on axis 1 if none are said."""
+    channels = shape[1] if channels is None else channels
 
     def argument(name: str) -> NDArray[Any]:
         if name == "y":
-            return rng.integers(columns, size=rows)
-        shape = {"x": (rows, columns), "dout": (rows, columns), "w": (columns, columns)}
-        array = rng.standard_normal(shape.get(name, columns))
-        return (np.abs(array) if name == "running_var" else array).astype(dtype)
+            return rng.integers(channels, size=shape[0])
+        of_x = name in ("x", "residual", "dout")
+        if of_x:
+            size = shape
+        elif name == "w":
+            size = (channels, channels)
+        else:
+            size = shape[1:] if layer is layernorm_images else (channels,)
+        array = rng.standard_normal(size)
+        array = np.abs(array) if name == "running_var" else array
+        return array.astype(dtype if of_x else accumulator(dtype))
 
     return {name: argument(name) for name in argument_names(layer)}
 
@@ -146,9 +271,26 @@ def on_host(results: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
     return {name: to_host(array) for name, array in results.items()}
 
 
-def run(layer: Layer, device: Device, **arrays: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Run a layer on the device, with NumPy arguments and results."""
-    return on_host(layer(**on_device(device, arrays)))
+def run(
+    layer: Layer, device: Device, choices: Arrays | None = None, /, **arrays: NDArray[Any]
+) -> dict[str, NDArray[Any]]:
+    """Run a layer on the device, with NumPy arguments and results; ``choices`` are no arrays."""
+    return on_host(layer(**on_device(device, arrays), **(choices or {})))
+
+
+def of_rows(arrays: Mapping[str, NDArray[Any]], axis: int) -> dict[str, NDArray[Any]]:
+    """Return arrays with their channels as columns, which is what batch norm is defined on."""
+
+    def rows(array: NDArray[Any]) -> NDArray[Any]:
+        return np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+
+    return {name: rows(a) if a.ndim > 1 else a for name, a in arrays.items()}
+
+
+def as_channels(rows: NDArray[Any], shape: tuple[int, ...], axis: int) -> NDArray[Any]:
+    """Return rows, a column a channel, in this shape with its channels on the axis."""
+    others = [length for i, length in enumerate(shape) if i != axis % len(shape)]
+    return np.ascontiguousarray(np.moveaxis(rows.reshape(*others, shape[axis]), -1, axis))
 
 
 # --- Values that a careless normalization gets wrong ---------------------------------------------
@@ -210,20 +352,22 @@ def assert_same_bits(results: Arrays, expected: Arrays, what: str = "") -> None:
             pytest.fail(f"{what} {name}: {differ.sum()} of {a.size} differ, {first}")
 
 
-def assert_gradients(layer: Layer, device: Device, zero: str = "", **arrays: Any) -> None:
+def assert_gradients(
+    layer: Layer, device: Device, zero: str = "", choices: Arrays | None = None, **arrays: Any
+) -> None:
     """Compare every gradient of a layer with central differences in float64.
 
     The gradient named ``zero`` is zero, so that its relative error would only compare roundings.
     """
-    arguments = on_device(device, arrays)
-    results = layer(**arguments)
+    arguments, choices = on_device(device, arrays), choices or {}
+    results = layer(**arguments, **choices)
     output = next(name for name in ("out", "loss") if name in results)
     upstream = arguments.get("dout", device.xp.ones((), np.float64))
     gradients = [name for name in arguments if f"d{name}" in results]
     assert gradients
     for name in gradients:
         numerical = eval_numerical_gradient_array(
-            lambda _: layer(**arguments)[output], arguments[name], upstream
+            lambda _: layer(**arguments, **choices)[output], arguments[name], upstream
         )
         gradient, numerical = to_host(results[f"d{name}"]), to_host(numerical)
         if name == zero:

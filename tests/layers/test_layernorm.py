@@ -14,8 +14,11 @@ from layer_cases import (
     assert_within,
     both_dtypes,
     draw,
+    draw_of_shape,
     hard_values,
     layernorm,
+    layernorm_images,
+    on_device,
     run,
 )
 
@@ -24,8 +27,8 @@ from gpubn.backend import Device, to_host
 from gpubn.testing import reference
 from gpubn.testing.tolerance import layernorm_scales
 
-# One sample, two rows, one and two features, and sizes beside a row's lanes (256) and leaf (2048).
-SHAPES = ((1, 5), (2, 257), (37, 1), (9, 2), (70, 33), (3, 2049))
+# One sample, one and two features, and sizes beside a leaf's (8), a block's leaves (2048) and more.
+SHAPES = ((1, 5), (2, 257), (37, 1), (9, 2), (70, 33), (3, 2049), (2, 5003))
 
 
 def check(results: Arrays, arrays: Arrays) -> None:
@@ -104,6 +107,42 @@ def test_eps_is_the_only_key(device: Device, rng: np.random.Generator) -> None:
 
 def test_gradients(device: Device, rng: np.random.Generator) -> None:
     assert_gradients(layernorm, device, **draw(layernorm, 3, 5, np.float64, rng))
+    images = draw_of_shape(layernorm_images, (2, 3, 2, 2), np.float64, rng)
+    assert_gradients(layernorm_images, device, **images)
+    # Over the last of three axes.
+    assert_gradients(layernorm, device, **draw_of_shape(layernorm, (2, 3, 4), np.float64, rng, 4))
+
+
+@both_dtypes
+def test_the_last_axes(device: Device, dtype: Any, rng: np.random.Generator) -> None:
+    """As many as gamma has: what lies before them are samples, and the bits are a matrix's."""
+    shape = (3, 5, 7, 7)
+    for count in (1, 2, 3, 4):
+        normalized = shape[4 - count :]
+        arrays = {name: rng.standard_normal(shape).astype(dtype) for name in ("x", "dout")}
+        arrays |= {n: rng.standard_normal(normalized).astype(dtype) for n in ("gamma", "beta")}
+        columns = int(np.prod(normalized))
+        flat = {
+            name: a.reshape(-1, columns) if name in ("x", "dout") else a.reshape(-1)
+            for name, a in arrays.items()
+        }
+        expected = run(layernorm, device, **flat)
+        check(expected, flat)
+        results = run(layernorm, device, **arrays)
+        shapes = {"out": shape, "dx": shape, "dgamma": normalized, "dbeta": normalized}
+        assert {name: a.shape for name, a in results.items()} == shapes
+        assert_same_bits({n: a.reshape(expected[n].shape) for n, a in results.items()}, expected)
+
+
+def test_gamma_of_no_last_axes(device: Device) -> None:
+    x = np.ones((3, 5, 7))
+    for shape in ((5,), (3, 7), (1, 7), (2, 3, 5, 7), ()):
+        arrays = on_device(device, {"x": x, "gamma": np.ones(shape), "beta": np.ones(7)})
+        with pytest.raises(ValueError, match=r"^gamma has shape \(.*\), expected "):
+            layers.layernorm_forward(**arrays, ln_param={})
+    arrays = on_device(device, {"x": x, "gamma": np.ones((5, 7)), "beta": np.ones(7)})
+    with pytest.raises(ValueError, match=r"^beta has shape \(7,\), expected \(5, 7\)$"):
+        layers.layernorm_forward(**arrays, ln_param={})
 
 
 @both_dtypes

@@ -10,6 +10,7 @@ import pytest
 from layer_cases import (
     CPU,
     LAYERS,
+    SHAPES,
     Arrays,
     Layer,
     affine,
@@ -17,12 +18,15 @@ from layer_cases import (
     both_dtypes,
     draw,
     dropout_test,
+    groupnorm,
     on_device,
     on_host,
     run,
 )
 
+from gpubn import layers
 from gpubn.backend import Array, Device, namespace, to_host
+from gpubn.kernels import compile_numba
 from gpubn.kernels.threads import get_num_threads, set_num_threads
 
 every_layer = pytest.mark.parametrize("layer", LAYERS)
@@ -91,8 +95,32 @@ def _view_of_larger(a: Array, times: int, part: slice) -> Array:
     return larger[(part,) * a.ndim]
 
 
+def channels_last(a: Array) -> Array:
+    """As PyTorch's memory format of this name: axis 1 is contiguous."""
+    return _in_order(a, (0, *range(2, a.ndim), 1)) if a.ndim > 2 else a
+
+
+def channels_outermost(a: Array) -> Array:
+    return _in_order(a, (1, 0, *range(2, a.ndim))) if a.ndim > 2 else a
+
+
+def samples_innermost(a: Array) -> Array:
+    return _in_order(a, (*range(1, a.ndim), 0)) if a.ndim > 2 else a
+
+
+def _in_order(a: Array, axes: tuple[int, ...]) -> Array:
+    """Lay the axes out in memory in this order."""
+    back = [axes.index(i) for i in range(a.ndim)]
+    return a.transpose(axes).copy().transpose(back)
+
+
 LAYOUTS = (fortran, strided, reversed_, transposed, broadcast, offset, columns)
 NUMPY_LAYOUTS = (read_only, unaligned)  # CuPy has neither
+
+
+def rows_of(layer: Layer) -> int:
+    """Return more than a warp's rows, or fewer samples where each is reduced by itself."""
+    return 3 if layer in SHAPES or layer is groupnorm else 35
 
 
 def check_layout(layer: Layer, layout: Any, arguments: Arrays) -> None:
@@ -109,14 +137,23 @@ def check_layout(layer: Layer, layout: Any, arguments: Arrays) -> None:
 def test_layouts(
     device: Device, layer: Layer, dtype: Any, layout: Any, rng: np.random.Generator
 ) -> None:
-    check_layout(layer, layout, on_device(device, draw(layer, 35, 6, dtype, rng)))
+    check_layout(layer, layout, on_device(device, draw(layer, rows_of(layer), 6, dtype, rng)))
+
+
+@pytest.mark.parametrize("layer", SHAPES)
+@both_dtypes
+@pytest.mark.parametrize("layout", [channels_last, channels_outermost, samples_innermost])
+def test_layouts_of_images(
+    device: Device, layer: Layer, dtype: Any, layout: Any, rng: np.random.Generator
+) -> None:
+    check_layout(layer, layout, on_device(device, draw(layer, rows_of(layer), 6, dtype, rng)))
 
 
 @every_layer
 @both_dtypes
 @pytest.mark.parametrize("layout", NUMPY_LAYOUTS)
 def test_numpy_layouts(layer: Layer, dtype: Any, layout: Any, rng: np.random.Generator) -> None:
-    check_layout(layer, layout, draw(layer, 35, 6, dtype, rng))
+    check_layout(layer, layout, draw(layer, rows_of(layer), 6, dtype, rng))
 
 
 @both_dtypes
@@ -172,10 +209,45 @@ def threads() -> Iterator[None]:
 def test_threads_do_not_show(layer: Layer, dtype: Any, rng: np.random.Generator) -> None:
     wide = [] if "w" in draw(layer, 1, 1, dtype, rng) else [(5, 40_001)]
     for rows, columns in ((70_001, 3), (1031, 200), *wide):  # enough to be split
-        arrays = draw(layer, rows, columns, dtype, rng)
+        samples = max(2, rows // 5) if layer in SHAPES else rows
+        arrays = draw(layer, samples, columns, dtype, rng)
         set_num_threads(1)
         expected = run(layer, CPU, **arrays)
         for count in (2, 4):
             set_num_threads(count)
             what = f"{count} threads, {rows} x {columns}"
             assert_same_bits(run(layer, CPU, **arrays), expected, what)
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_strided_input_is_copied_once(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by each kernel anew."""
+    copied = []
+    require = np.require
+
+    def counting(array: Any, *args: Any, **kwargs: Any) -> Any:
+        copied.append(array.shape)
+        return require(array, *args, **kwargs)
+
+    monkeypatch.setattr(compile_numba.np, "require", counting)
+    x = np.random.default_rng(0).standard_normal((8, 12, 12))[::2, ::3, ::3]
+    out, cache = layers.batchnorm_forward(x, *np.ones((2, 4)), {"mode": "train"}, axis)
+    layers.batchnorm_backward(x, cache)
+    assert copied == []
+    assert out.shape == x.shape
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3), (0, 2, 1, 3)])
+def test_any_place_of_the_channels_in_memory_is_taken_as_it_is(order: tuple[int, ...]) -> None:
+    inverse = tuple(order.index(i) for i in range(4))
+    x = np.random.default_rng(0).standard_normal([(3, 5, 4, 6)[i] for i in order])
+    x = x.transpose(inverse)
+    out, cache = layers.batchnorm_forward(x, *np.ones((2, 5)), {"mode": "train"})
+    assert np.shares_memory(cache.x, x)
+    assert out.strides == x.strides
+    relu, cache = layers.relu_forward(out)
+    assert np.shares_memory(cache.x, out)
+    assert relu.strides == out.strides == layers.relu_backward(out, cache).strides

@@ -288,6 +288,153 @@ class TestLayerNorm:
         np.testing.assert_array_equal(out, [beta, beta])
 
 
+class TestChannels:
+    @pytest.mark.parametrize(
+        ("shape", "axis"), [((2, 3), 1), ((2, 3, 4), 1), ((2, 3, 4, 5), 1), ((2, 3, 4), -1)]
+    )
+    def test_a_row_is_what_the_channels_hold_at_one_place(self, shape, axis):
+        x = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+        rows = ref.channels_to_rows(x, axis)
+        assert rows.shape == (x.size // shape[axis], shape[axis])
+        places = np.ndindex(*(n for i, n in enumerate(shape) if i != axis % len(shape)))
+        for row, place in zip(rows, places, strict=True):
+            at = list(place)
+            at.insert(axis % len(shape), slice(None))
+            np.testing.assert_array_equal(row, x[tuple(at)])
+        np.testing.assert_array_equal(ref.rows_to_channels(rows, shape, axis), x)
+
+    def test_images(self):
+        x = np.random.default_rng(6).normal(size=(2, 3, 4, 5))
+        np.testing.assert_array_equal(
+            ref.channels_to_rows(x, 1)[(1 * 4 + 2) * 5 + 3], x[1, :, 2, 3]
+        )
+
+    def test_errors(self):
+        with pytest.raises(
+            ValueError, match=r"x has shape \(3,\), expected an axis 0 of at least 2"
+        ):
+            ref.channels_to_rows(np.ones(3), 0)
+        with pytest.raises(ValueError, match=r"x has shape \(3, 2\), expected an axis 2"):
+            ref.channels_to_rows(np.ones((3, 2)), 2)
+        with pytest.raises(ValueError, match=r"rows has shape \(3, 2\), expected \(6, 2\)"):
+            ref.rows_to_channels(np.ones((3, 2)), (3, 2, 2), 1)
+
+
+class TestGroupNorm:
+    SHAPES = (((3, 6), 1, 2), ((2, 6, 5), 1, 3), ((2, 4, 3, 2), 1, 1), ((2, 3, 2, 4), -1, 2))
+
+    @staticmethod
+    def arrays(shape, axis):
+        rng = np.random.default_rng([7, *shape])
+        parameters = rng.normal(size=(2, shape[axis]))
+        return rng.normal(1, 2, shape), *parameters, rng.normal(size=shape)
+
+    @pytest.mark.parametrize(("shape", "axis", "groups"), SHAPES)
+    def test_normalises_each_group_of_each_sample(self, shape, axis, groups):
+        x, gamma, beta, _ = self.arrays(shape, axis)
+        out = ref.groupnorm_forward(x, gamma, beta, groups, 1e-3, axis)
+        assert out.shape == shape
+        size = shape[axis] // groups
+        for sample, result in zip(x, out, strict=True):
+            channels, results = (np.moveaxis(a, axis % x.ndim - 1, 0) for a in (sample, result))
+            for c, channel in enumerate(results):
+                first = c // size * size
+                group = channels[first : first + size]
+                xhat = (channels[c] - group.mean()) / np.sqrt(group.var() + 1e-3)
+                np.testing.assert_allclose(channel, gamma[c] * xhat + beta[c], rtol=0, atol=1e-13)
+
+    @pytest.mark.parametrize(("shape", "axis", "groups"), SHAPES)
+    def test_backward_equals_central_differences(self, shape, axis, groups):
+        x, gamma, beta, dout = self.arrays(shape, axis)
+        dx, dgamma, dbeta = ref.groupnorm_backward(dout, x, gamma, groups, 1e-3, axis)
+
+        def out(x=x, gamma=gamma, beta=beta):
+            return ref.groupnorm_forward(x, gamma, beta, groups, 1e-3, axis)
+
+        assert rel_error(numerical(lambda v: out(x=v), x, dout), dx) < NUMERICAL
+        assert rel_error(numerical(lambda v: out(gamma=v), gamma, dout), dgamma) < NUMERICAL
+        assert rel_error(numerical(lambda v: out(beta=v), beta, dout), dbeta) < NUMERICAL
+
+    def test_one_channel_a_group_is_a_batch_norm_of_each_sample(self):
+        x, gamma, beta, dout = self.arrays((3, 4, 5), 1)
+        out = ref.groupnorm_forward(x, gamma, beta, 4)
+        dx, dgamma, _ = ref.groupnorm_backward(dout, x, gamma, 4)
+        total = np.zeros(4)
+        for n in range(3):
+            graph = ref.batchnorm_forward(x[n].T, gamma, beta)
+            np.testing.assert_allclose(out[n], graph.out.T, rtol=0, atol=1e-14)
+            expected, share, _ = ref.batchnorm_backward_graph(dout[n].T, graph)
+            np.testing.assert_allclose(dx[n], expected.T, rtol=0, atol=1e-13)
+            total += share
+        np.testing.assert_allclose(dgamma, total, rtol=ROUNDING)
+
+    def test_one_group_of_no_positions_is_layer_norm(self):
+        x, gamma, beta, dout = self.arrays((5, 6), 1)
+        out = ref.layernorm_forward(x, gamma, beta)
+        np.testing.assert_allclose(
+            ref.groupnorm_forward(x, gamma, beta, 1), out, rtol=0, atol=1e-14
+        )
+        results = ref.groupnorm_backward(dout, x, gamma, 1)
+        for result, expected in zip(results, ref.layernorm_backward(dout, x, gamma), strict=True):
+            np.testing.assert_allclose(result, expected, rtol=0, atol=1e-13)
+
+    def test_a_constant_group_gives_exactly_beta(self):
+        x = np.full((2, 4, 3), 0.1)
+        beta = np.array([0.3, -0.7, 1e-9, 5])
+        out = ref.groupnorm_forward(x, np.ones(4), beta, 2)
+        np.testing.assert_array_equal(out, np.broadcast_to(beta[:, np.newaxis], x.shape))
+
+    def test_errors(self):
+        x, ones = np.ones((2, 4, 3)), np.ones(4)
+        for groups in (0, 3, 8):
+            with pytest.raises(ValueError, match=f"num_groups is {groups}, expected a divisor of"):
+                ref.groupnorm_forward(x, ones, ones, groups)
+        with pytest.raises(ValueError, match=r"gamma has shape \(4,\), expected \(3,\)"):
+            ref.groupnorm_forward(x, ones, ones, 1, axis=-1)
+        with pytest.raises(ValueError, match=r"axis is -3, expected a channel axis after"):
+            ref.groupnorm_forward(x, ones, ones, 1, axis=-3)
+        with pytest.raises(ValueError, match=r"x has shape \(4,\), expected \(N, C, ...\)"):
+            ref.groupnorm_forward(x[0, :, 0], ones, ones, 1)
+        with pytest.raises(ValueError, match=r"dout has shape \(4, 3\), expected \(2, 4, 3\)"):
+            ref.groupnorm_backward(x[0], x, ones, 1)
+
+
+class TestRMSNorm:
+    def test_divides_rows_by_their_root_mean_square(self):
+        x, gamma, _, _ = batch((5, 40), 3.0, 2.0)
+        out = ref.rmsnorm_forward(x, gamma, 1e-3)
+        for row, result in zip(x, out, strict=True):
+            rms = math.sqrt(math.fsum(row**2) / 40 + 1e-3)
+            np.testing.assert_allclose(result, gamma * row / rms, rtol=1e-14)
+
+    @pytest.mark.parametrize(
+        ("shape", "mean", "deviation"),
+        [((4, 3), 0.0, 1.0), ((1, 6), 2.0, 1.0), ((3, 20), -1.0, 0.1), ((5, 1), 1.0, 1.0)],
+    )
+    def test_backward_equals_central_differences(self, shape, mean, deviation):
+        x, gamma, _, dout = batch(shape, mean, deviation, seed=8)
+        # With one feature out is gamma's sign, but for eps: a large one leaves a slope.
+        eps = 0.1 if shape[1] == 1 else 1e-3
+        dx, dgamma = ref.rmsnorm_backward(dout, x, gamma, eps)
+        assert rel_error(numerical(lambda v: ref.rmsnorm_forward(v, gamma, eps), x, dout), dx) < (
+            NUMERICAL
+        )
+        by_gamma = numerical(lambda v: ref.rmsnorm_forward(x, v, eps), gamma, dout)
+        assert rel_error(by_gamma, dgamma) < NUMERICAL
+
+    def test_of_centred_rows_it_is_layer_norm(self):
+        x, gamma, beta, _ = batch((4, 9))
+        x -= x.mean(axis=1, keepdims=True)
+        out = ref.layernorm_forward(x, gamma, 0 * beta)
+        np.testing.assert_allclose(ref.rmsnorm_forward(x, gamma), out, rtol=1e-12)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"gamma has shape \(2,\), expected \(3,\)"):
+            ref.rmsnorm_forward(np.ones((2, 3)), np.ones(2))
+        with pytest.raises(ValueError, match=r"dout has shape \(3,\), expected \(2, 3\)"):
+            ref.rmsnorm_backward(np.ones(3), np.ones((2, 3)), np.ones(3))
+
+
 class TestOtherLayers:
     def test_affine_forward_is_the_assignment_s_known_answer(self):
         x = np.linspace(-0.1, 0.5, num=2 * 4 * 5 * 6).reshape(2, 4, 5, 6)
@@ -662,6 +809,12 @@ class TestPurity:
         (ref.batchnorm_test, (x, row, row, row, row, 1e-5)),
         (ref.layernorm_forward, (x, row, row)),
         (ref.layernorm_backward, (x, x + 1, row)),
+        (ref.groupnorm_forward, (x, row, row, 3)),
+        (ref.groupnorm_backward, (x, x + 1, row, 1)),
+        (ref.rmsnorm_forward, (x, row)),
+        (ref.rmsnorm_backward, (x, x + 1, row)),
+        (ref.channels_to_rows, (x, 1)),
+        (ref.rows_to_channels, (x, (4, 3), 1)),
         (ref.affine_forward, (x, x.T, np.ones(4, f32))),
         (ref.affine_backward, (np.ones((4, 4), f32), x, x.T)),
         (ref.relu_forward, (x,)),

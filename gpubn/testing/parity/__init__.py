@@ -1,9 +1,10 @@
 """``gpubn parity``: every operation, on everything that can compute it here, compared bit for bit.
 
-Operations (``operations``) run on cases (``cases``) by contestants (``contestants``): the CPU with
-one, two and four threads, every CUDA device, and the CPU again, compiled for another instruction
-set. Results are compared with each other and with the float64 reference (``comparison``), and told
-(``report``).
+Operations (``operation``; all are in ``operations``) run on cases (``cases``, ``shapes``) by
+contestants (``contestants``): the CPU with one, two and four threads, every CUDA device, and the
+CPU again, compiled for another instruction set. Some results each of them computes in two ways,
+such as with channels first and last. All are compared with each other and with the float64
+reference (``comparison``), and told (``report``).
 """
 
 from gpubn.testing.parity.comparison import Plan, Row, run

@@ -12,7 +12,7 @@ import sys
 from typing import BinaryIO
 
 from gpubn.testing.parity.contestants import CPU, Results, compute
-from gpubn.testing.parity.operations import OPERATIONS
+from gpubn.testing.parity.operations import OPERATIONS, cases
 
 
 def main() -> None:
@@ -22,14 +22,14 @@ def main() -> None:
     with os.fdopen(os.dup(1), "wb") as pipe:
         os.dup2(2, 1)
         for op, (first, last) in seeds.items():
-            for seed in range(first, last):
-                arguments = OPERATIONS[op].draw(OPERATIONS[op].case(seed))
-                _send(pipe, op, seed, compute(CPU, op, arguments))
+            for case in cases(op, range(first, last)):
+                arguments = OPERATIONS[op].draw(case)
+                _send(pipe, op, case.seed, compute(CPU, op, arguments))
 
 
 def _send(pipe: BinaryIO, op: str, seed: int, results: Results) -> None:
     described = [
-        {"name": name, "shape": array.shape, "dtype": array.dtype.str}
+        {"name": name, "shape": array.shape, "dtype": array.dtype.name}
         for name, array in results.items()
     ]
     frame = {"op": op, "seed": seed, "results": described}

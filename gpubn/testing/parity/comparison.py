@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpubn.testing.devices import ulp_distance
-from gpubn.testing.parity.cases import Case
+from gpubn.testing.parity.cases import Case, missing_dtypes
 from gpubn.testing.parity.contestants import ContestantFailed, Contestants, Results
-from gpubn.testing.parity.operations import OPERATIONS, Held
+from gpubn.testing.parity.operation import Held, same_as
+from gpubn.testing.parity.operations import OPERATIONS, cases
 from gpubn.testing.tolerance import BOUNDS, ulp_error
 
 REFERENCE = "float64 reference"
@@ -53,7 +54,7 @@ class Plan:
                 raise ValueError(f"op is {op!r}, expected one of {', '.join(OPERATIONS)}")
         if seed is None:
             chosen = dict.fromkeys(ops) if ops else OPERATIONS
-            sizes = {op: len(OPERATIONS[op].shapes.grid(quick=quick)) for op in chosen}
+            sizes = {op: len(OPERATIONS[op].grid(quick=quick)) for op in chosen}
             return cls({op: range(size + RANDOM * (not quick)) for op, size in sizes.items()})
         if not ops:
             raise ValueError(f"seed is {seed} without an operation, expected --op OP beside it")
@@ -61,12 +62,16 @@ class Plan:
             raise ValueError("quick is set beside a seed, expected one of the two")
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected the number of a case, at least 0")
+        for case in (OPERATIONS[op].case(seed) for op in ops):
+            if case.dtype in missing_dtypes():
+                why = missing_dtypes()[case.dtype]
+                raise ValueError(f"seed {seed} of {case.op} is of {case.dtype}: {why}")
         return cls(dict.fromkeys(ops, range(seed, seed + 1)))
 
     @property
     def count(self) -> int:
         """How many cases there are."""
-        return sum(map(len, self.seeds.values()))
+        return sum(1 for op, seeds in self.seeds.items() for _ in cases(op, seeds))
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Finding:
     ----------
     case : Case
     contestant : str
-        Who differed from the CPU with one thread, or REFERENCE.
+        Who differed from the CPU with one thread, perhaps itself in a result that was computed in
+        another way; or REFERENCE.
     result : str
     distance : float
         From a contestant, units in the last place between the two; 0 is the same bits. From the
@@ -179,8 +185,8 @@ def run(
     rows = []
     for op, seeds in plan.seeds.items():
         row = Row(op)
-        for seed in seeds:
-            _run_case(OPERATIONS[op].case(seed), contestants, row)
+        for case in cases(op, seeds):
+            _run_case(case, contestants, row)
             on_case(op)
         on_row(row)
         rows.append(row)
@@ -192,32 +198,36 @@ def _run_case(case: Case, contestants: Contestants, row: Row) -> None:
     arguments = operation.draw(case)
     baseline = contestants.baseline(case, arguments)
     row.cases += 1
+    _compare(case, contestants.names[0], baseline, baseline, row)
     for name, results in contestants.others(case, arguments):
         if isinstance(results, ContestantFailed):
             row.errors.append(results)
-            continue
-        row.results += len(baseline)
-        row.values += sum(array.size for array in baseline.values())
-        for finding in _differences(case, name, baseline, results):
-            row.compared(finding)
-    if operation.reference is not None and operation.holds(case):
+        else:
+            _compare(case, name, baseline, results, row)
+    if operation.holds(case):
         row.referred += 1
         with np.errstate(all="ignore"):
-            for result, held in operation.reference(**arguments).items():
+            for result, held in operation.expected(arguments, baseline).items():
                 error = _error(baseline[result], held)
                 bound = BOUNDS[held.row].units
                 row.held(Finding(case, REFERENCE, result, error, bound))
 
 
+def _compare(case: Case, name: str, baseline: Results, results: Results, row: Row) -> None:
+    for result in dict.fromkeys((*baseline, *results)):  # what only one of the two has differs too
+        expected = same_as(result)
+        if results is baseline and expected == result:
+            continue
+        array = baseline.get(expected)
+        row.results += 1
+        row.values += 0 if array is None else array.size
+        row.compared(Finding(case, name, result, distance(array, results.get(result))))
+
+
 def _error(result: NDArray[Any], held: Held) -> float:
-    if result.dtype.kind != "f":  # an integer's last place is 1
+    if result.dtype.kind in "iu":  # an integer's last place is 1
         return float(np.max(np.abs(result - held.value), initial=0))
     return ulp_error(result, held.value, held.scale)
-
-
-def _differences(case: Case, name: str, a: Results, b: Results) -> Iterable[Finding]:
-    for result in dict.fromkeys((*a, *b)):  # one that only one of the two has differs as well
-        yield Finding(case, name, result, distance(a.get(result), b.get(result)))
 
 
 def distance(a: NDArray[Any] | None, b: NDArray[Any] | None) -> float:
@@ -230,6 +240,9 @@ def distance(a: NDArray[Any] | None, b: NDArray[Any] | None) -> float:
         return math.inf
     if a.tobytes() == b.tobytes():
         return 0.0
-    if a.dtype.kind != "f":
+    if a.dtype.kind in "iu":
         return math.inf
+    if a.dtype.name == "bfloat16":  # the upper half of a float32, which has 2**16 units to one
+        units = ulp_distance(a.astype(np.float32), b.astype(np.float32))
+        return float(np.max(np.ceil(units / 2**16), initial=0))
     return float(np.max(ulp_distance(a, b), initial=0))

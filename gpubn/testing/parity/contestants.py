@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gpubn import backend
 from gpubn.kernels import threads
-from gpubn.testing.parity.cases import Case
+from gpubn.testing.parity.cases import Case, dtype_of
 from gpubn.testing.parity.operations import OPERATIONS
 
 Results: TypeAlias = dict[str, NDArray[Any]]
@@ -209,7 +209,7 @@ class OnOtherInstructionSet:
         raise ContestantFailed(self.name, case, reason, gone=True)
 
     def _array(self, result: Mapping[str, Any]) -> NDArray[Any]:
-        array = np.empty(tuple(result["shape"]), result["dtype"])
+        array = np.empty(tuple(result["shape"]), dtype_of(result["dtype"]))
         data = self._pipe.read(array.nbytes)
         if len(data) < array.nbytes:
             raise EOFError

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpubn.testing.parity import contestants as who
-from gpubn.testing.parity.cases import Case
+from gpubn.testing.parity.cases import Case, missing_dtypes
 from gpubn.testing.parity.comparison import REFERENCE, Finding, Plan, Row
 from gpubn.testing.parity.contestants import Contestants
 from gpubn.testing.parity.operations import OPERATIONS
@@ -24,7 +24,7 @@ def environment(contestants: Contestants, versions: Mapping[str, str]) -> dict[s
         "platform": f"{platform.system()} {platform.machine()}",
         "devices": {"cpu": platform.processor() or platform.machine()}
         | {device.name: who.cuda_name(device) for device in contestants.devices},
-        "not used": contestants.unusable,
+        "not used": contestants.unusable | missing_dtypes(),
         "threads": [1, *who.THREADS],
         "instruction sets": {
             who.own_instruction_set(): "this process",
@@ -56,7 +56,7 @@ def table_head() -> list[str]:
     return [
         "",
         "apart: the largest distance from the CPU with one thread, in units in the last place;",
-        "    0: the same bits",
+        "    0: the same bits, also with channels last, and step by step instead of in one pass",
         "from float64: the largest error, in those units, and what is accepted; -: no reference",
         "",
         f"{'op':{_OP}}  {'cases':>5}  {'apart':>5}  {'from float64':14}  worst case",

@@ -1,7 +1,8 @@
 """Batch normalization and its relatives on NumPy and CuPy arrays, the same bits on CPU and CUDA.
 
-``gpubn.layers`` has the layers as functions, ``gpubn.train`` networks and their training,
-``gpubn.testing`` reference formulas and gradient checks. ``use`` chooses the device.
+``gpubn.layers`` has the layers as functions, ``gpubn.nn`` has them as objects, ``gpubn.train`` has
+networks and their training, ``gpubn.testing`` reference formulas and gradient checks. ``use``
+chooses the device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gpubn.backend import Device, DeviceError, current, namespace, use
 
 if TYPE_CHECKING:
-    from gpubn import layers, testing, train
+    from gpubn import layers, nn, testing, train
     from gpubn.train import FullyConnectedNet, Solver
 
 __version__ = "0.1.0"
@@ -25,13 +26,14 @@ __all__ = [
     "current",
     "layers",
     "namespace",
+    "nn",
     "testing",
     "train",
     "use",
 ]
 
 # Loaded when first asked for, so that `import gpubn` stays quick.
-_LAZY_MODULES = ("layers", "testing", "train")
+_LAZY_MODULES = ("layers", "nn", "testing", "train")
 _LAZY_NAMES = {"FullyConnectedNet": "gpubn.train", "Solver": "gpubn.train"}
 
 

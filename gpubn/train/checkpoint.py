@@ -1,32 +1,33 @@
-"""Checkpoints of training and files of networks, in the safetensors format.
+"""Checkpoints of training and files of networks.
 
-A file holds arrays and, as its metadata's entry ``gpubn``, a SHA-256 followed by one JSON text: the
-configuration, and what of the state is no array. The SHA-256, over both, tells whether all is as it
-was written.
+The format is that of ``gpubn.nn.files``; a header holds the configuration, and what of the state is
+no array.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gpubn.backend import Array, to_host
+from gpubn.backend import Array
+from gpubn.nn import files
+from gpubn.nn.files import CheckpointError, atomic_write
+from gpubn.nn.norms import RUNNING, BatchNorm
 from gpubn.train.net import FullyConnectedNet
-from gpubn.train.parameters import RUNNING, digest
 from gpubn.train.solver import Solver
 
-FORMAT = 1
-"""Raised when a change to the format would mislead an older reader."""
+__all__ = [
+    "CheckpointError",
+    "atomic_write",
+    "load_model",
+    "resume",
+    "save",
+    "save_model",
+]
 
-
-class CheckpointError(ValueError):
-    """A file that is no checkpoint, is damaged, or is of another network."""
+# What of a batch norm no file keeps, and what a network is made with.
+_NOT_KEPT = {"frozen": False, "eps": 1e-5, "momentum": 0.9, "unbiased": False}
 
 
 def save(
@@ -47,7 +48,14 @@ def save(
         What else to keep, as JSON: a run's settings.
     extra : mapping of name to array, optional
         Arrays to keep beside the solver's.
+
+    Raises
+    ------
+    ValueError
+        A batch norm is frozen, or has options of its own, which files do not keep.
     """
+    if isinstance(solver.model, FullyConnectedNet):
+        _require_plain_batch_norms(solver.model)
     arrays, values = solver.state()
     net = solver.model.config if isinstance(solver.model, FullyConnectedNet) else None
     header = {"net": net, "solver": solver.config, "values": values, "config": dict(config or {})}
@@ -64,7 +72,7 @@ def resume(path: str | os.PathLike[str], solver: Solver) -> None:
     OSError
         The file cannot be read.
     """
-    arrays, header = _read(path, "checkpoint")
+    arrays, header = files.read(path, "checkpoint")
     net = solver.model.config if isinstance(solver.model, FullyConnectedNet) else None
     # A network that was saved before there were reproducible ones is none.
     saved_net = header["net"] and {"reproducible": False, **header["net"]}
@@ -92,7 +100,14 @@ def save_model(
     config: Mapping[str, Any] | None = None,
     extra: Mapping[str, Array] | None = None,
 ) -> None:
-    """Write a network's parameters, running statistics and configuration, atomically."""
+    """Write a network's parameters, running statistics and configuration, atomically.
+
+    Raises
+    ------
+    ValueError
+        A batch norm is frozen, or has options of its own, which files do not keep.
+    """
+    _require_plain_batch_norms(net)
     arrays: dict[str, Array] = dict(net.params)
     for i, bn_param in enumerate(net.bn_params, 1):
         for name in RUNNING:
@@ -118,7 +133,7 @@ def load_model(
     OSError
         The file cannot be read.
     """
-    arrays, header = _read(path, "model")
+    arrays, header = files.read(path, "model")
     try:
         net = FullyConnectedNet(**{"reproducible": False, **header["net"]}, device=device)
         net.params = {name: arrays[name] for name in net.params}
@@ -133,26 +148,18 @@ def load_model(
     return net, header["config"], extra
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that a reader finds the old one or the new one, whole, whenever it looks."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    if os.name == "posix":  # the new name too must survive a loss of power
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _require_plain_batch_norms(net: FullyConnectedNet) -> None:
+    """Refuse batch norms that would come back as others: files keep their statistics only."""
+    for name, layer in net.layers.leaves():
+        if not isinstance(layer, BatchNorm):
+            continue
+        for option, expected in _NOT_KEPT.items():
+            value = getattr(layer, option)
+            if value != expected:
+                raise ValueError(
+                    f"{option} of the batch norm layers[{name}] is {value!r}, expected "
+                    f"{expected!r}: files of a network keep its running statistics only"
+                )
 
 
 def _extra(extra: Mapping[str, Array] | None) -> dict[str, Array]:
@@ -162,35 +169,4 @@ def _extra(extra: Mapping[str, Array] | None) -> dict[str, Array]:
 def _write(
     path: str | os.PathLike[str], kind: str, arrays: Mapping[str, Array], header: dict[str, Any]
 ) -> None:
-    from safetensors.numpy import save as to_bytes
-
-    host = {name: np.array(to_host(array), order="C") for name, array in arrays.items()}
-    text = json.dumps({"format": FORMAT, "kind": kind, **header}, sort_keys=True)
-    # One entry, for safetensors writes several in any order, and equal states make equal files.
-    atomic_write(path, to_bytes(host, {"gpubn": digest(host, text).hexdigest() + text}))
-
-
-def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    name = os.fspath(path)
-    with open(name, "rb"):  # a missing or forbidden file is an OSError, as from any other reader
-        pass
-    try:
-        with safe_open(name, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            keys = file.keys()  # an open file is no dict: it has keys(), but cannot be iterated
-            arrays = {key: file.get_tensor(key) for key in keys}
-    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{name} is no whole safetensors file: {error}") from error
-    if "gpubn" not in metadata:
-        raise CheckpointError(f"{name} was not written by gpubn")
-    written, text = metadata["gpubn"][:64], metadata["gpubn"][64:]
-    if written != digest(arrays, text).hexdigest():
-        raise CheckpointError(f"{name} is damaged: its contents do not fit its checksum")
-    header = json.loads(text)
-    if header["format"] != FORMAT:
-        raise CheckpointError(f"{name} has format {header['format']}, this gpubn reads {FORMAT}")
-    if header["kind"] != kind:
-        raise CheckpointError(f"{name} is a {header['kind']}, expected a {kind}")
-    return arrays, header
+    atomic_write(path, files.encode(kind, arrays, header))

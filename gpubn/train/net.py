@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,22 +13,19 @@ import numpy as np
 from gpubn import backend
 from gpubn.backend import Array
 from gpubn.kernels import for_array
-from gpubn.layers import (
-    _check,
-    affine_backward,
-    affine_forward,
-    batchnorm_backward,
-    batchnorm_forward,
-    dropout_backward,
-    dropout_forward,
-    layernorm_backward,
-    layernorm_forward,
-    relu_backward,
-    relu_forward,
-)
-from gpubn.train.parameters import RUNNING, Parameters, digest
+from gpubn.layers import _check
+from gpubn.nn.affine import Affine, draw_weights
+from gpubn.nn.elementwise import Dropout, ReLU
+from gpubn.nn.files import digest
+from gpubn.nn.layer import Layer
+from gpubn.nn.norms import RUNNING, BatchNorm, LayerNorm
+from gpubn.nn.sequential import Sequential, table
+from gpubn.train.parameters import Parameters
 
 NORMALIZATIONS = (None, "batchnorm", "layernorm")
+
+# What `_build` makes: pickles leave it out.
+_BUILT = ("layers", "_backward_order", "_affines", "_batchnorms", "_dropouts")
 
 
 class FullyConnectedNet:
@@ -62,8 +60,12 @@ class FullyConnectedNet:
     ----------
     params : Parameters
         W1, b1, [gamma1, beta1,] ... as a dict of views into one buffer. Assigning copies.
-    bn_params : list of dict
-        One for each batch norm: its ``mode`` and running statistics.
+    bn_params : tuple of dict
+        One for each batch norm: its ``mode`` and running statistics. Assign a whole sequence to
+        replace them.
+    layers : Sequential
+        What the network is made of. Its arrays are those of ``params`` and ``bn_params``: assigning
+        a parameter copies, a buffer does not. ``loss`` with labels sets the modes to training.
     step : int
         Which dropout masks training uses. ``Solver`` counts it up; with a seed, ``loss`` does not,
         so that it is a function of its arguments and parameters, as gradient checks need. In a
@@ -105,11 +107,11 @@ class FullyConnectedNet:
         self.reg = _at_least_zero("reg", reg)
         self.weight_scale = _at_least_zero("weight_scale", weight_scale)
         self.dtype = np.dtype(dtype)
-        if self.dtype not in _check.FLOATS:
+        if self.dtype.name not in _check.FLOATS:
             raise TypeError(f"dtype is {self.dtype}, expected float32 or float64")
         self.seed = None if seed is None else _check.counter("seed", seed, 64)
-        self.reproducible = backend.reproducible(reproducible)
-        if self.reproducible and self.seed is None:
+        reproducible = backend.reproducible(reproducible)
+        if reproducible and self.seed is None:
             raise ValueError(
                 "seed is None, expected a number where the network is reproducible "
                 f"(by reproducible=True, or {backend.REPRODUCIBLE_VARIABLE})"
@@ -120,9 +122,7 @@ class FullyConnectedNet:
         self._dropout_seed = secrets.randbits(64) if self.seed is None else self.seed
 
         self._params = self._initial()
-        self.bn_params: list[dict[str, Any]] = [
-            {"mode": "train"} for _ in self.hidden_dims if normalization == "batchnorm"
-        ]
+        self._build(reproducible)
 
     @property
     def params(self) -> Parameters:
@@ -132,6 +132,30 @@ class FullyConnectedNet:
     @params.setter
     def params(self, arrays: Mapping[str, Array]) -> None:
         self._params.update(arrays)
+
+    @property
+    def bn_params(self) -> tuple[dict[str, Any], ...]:
+        """What each batch norm takes. Assigning a sequence gives them these dicts."""
+        return tuple(norm.bn_param for norm in self._batchnorms)
+
+    @bn_params.setter
+    def bn_params(self, bn_params: Sequence[dict[str, Any]]) -> None:
+        if len(bn_params) != len(self._batchnorms):
+            raise ValueError(
+                f"bn_params has {len(bn_params)} entries, expected {len(self._batchnorms)}"
+            )
+        for norm, bn_param in zip(self._batchnorms, bn_params, strict=True):
+            norm.bn_param = bn_param
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether matrix products have the same bits on every device."""
+        return self._affines[0].reproducible
+
+    @reproducible.setter
+    def reproducible(self, choice: bool) -> None:
+        for affine in self._affines:
+            affine.reproducible = choice
 
     @property
     def num_weights(self) -> int:
@@ -167,10 +191,9 @@ class FullyConnectedNet:
     def sha256(self) -> str:
         """Return a SHA-256, in hex, of parameters and running statistics: names, shapes, values."""
         arrays = {
-            f"{name}{i}": bn_param[name]
-            for i, bn_param in enumerate(self.bn_params, 1)
+            f"{name}{i}": norm.buffers[name]
+            for i, norm in enumerate(self._batchnorms, 1)
             for name in RUNNING
-            if name in bn_param
         }
         return str(digest({**self._params, **arrays}).hexdigest())
 
@@ -178,14 +201,30 @@ class FullyConnectedNet:
         given = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
         return f"FullyConnectedNet({given}, device={self.device.name!r})"
 
+    def __str__(self) -> str:
+        return "FullyConnectedNet\n" + table(self.layers, ("N", self.input_dim))
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_params": dict(self._params)}
+        state = {name: value for name, value in self.__dict__.items() if name not in _BUILT}
+        return state | {
+            "_params": dict(self._params),
+            "bn_params": self.bn_params,
+            "frozen": [norm.frozen for norm in self._batchnorms],
+            "reproducible": self.reproducible,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"reproducible": False} | state)  # earlier ones knew no other
-        values = {name: array.copy() for name, array in self._params.items()}
+        state = {"reproducible": False} | state  # earlier ones knew no other
+        values = {name: array.copy() for name, array in state.pop("_params").items()}
+        bn_params, reproducible = state.pop("bn_params"), state.pop("reproducible")
+        frozen = state.pop("frozen", [False] * len(bn_params))
+        self.__dict__.update(state)
         self._params = self._initial()
         self._params.update(values)
+        self._build(reproducible)
+        self.bn_params = bn_params
+        for norm, choice in zip(self._batchnorms, frozen, strict=True):
+            norm.frozen = choice
 
     def loss(self, X: Array, y: Array | None = None) -> Any:
         """Return class scores in test mode, or the training loss and its gradients.
@@ -212,7 +251,7 @@ class FullyConnectedNet:
         """
         X = self.as_input(X)
         if y is None:
-            return self._scores(X, "test")[0]
+            return self.layers.predict_array(X)
         _check.label_array(y, X.shape[0])
         _check.label_range(y, self.num_classes)
         with self.device.scope():
@@ -230,24 +269,16 @@ class FullyConnectedNet:
         be in range. The loss is an array of no dimensions there.
         """
         X = self.as_input(X)
+        for dropout in self._dropouts:
+            dropout.seed, dropout.step = self._dropout_seed, self.step
         with self.device.scope():
-            scores, caches = self._scores(X, "train")
+            scores = self.layers.train().forward_array(X)
             loss, dout = for_array("losses", scores).softmax_loss(scores, y)
-            last = self.num_layers
-            dout, grads[f"W{last}"], grads[f"b{last}"] = affine_backward(dout, caches.pop())
-            for layer in range(last - 1, 0, -1):
-                affine, norm, relu, dropout = caches.pop()
-                if dropout is not None:
-                    dout = dropout_backward(dout, dropout)
-                dout = relu_backward(dout, relu)
-                if norm is not None:
-                    backward = (
-                        batchnorm_backward
-                        if self.normalization == "batchnorm"
-                        else layernorm_backward
-                    )
-                    dout, grads[f"gamma{layer}"], grads[f"beta{layer}"] = backward(dout, norm)
-                dout, grads[f"W{layer}"], grads[f"b{layer}"] = affine_backward(dout, affine)
+            for layer, names in self._backward_order:
+                dout = layer.backward_array(dout)
+                layer.release()
+                for own, name in names.items():
+                    grads[name] = layer.grads.pop(own)
             if self.reg:
                 l2 = for_array("l2", loss)
                 weights = self._params.flat[: self.num_weights]
@@ -255,33 +286,54 @@ class FullyConnectedNet:
                 l2.add_scaled(grads.flat[: self.num_weights], weights, self.reg)
         return loss
 
-    def _scores(self, X: Array, mode: str) -> tuple[Array, list[Any]]:
-        """Run the layers; return the scores and every layer's caches, the last affine's last."""
-        params, out, caches = self._params, X, []
-        for bn_param in self.bn_params:
-            bn_param["mode"] = mode
-        for layer in range(1, self.num_layers):
-            out, affine = self._affine(out, layer)
-            norm = dropout = None
-            if self.normalization == "batchnorm":
-                gamma, beta = params[f"gamma{layer}"], params[f"beta{layer}"]
-                out, norm = batchnorm_forward(out, gamma, beta, self.bn_params[layer - 1])
-            elif self.normalization == "layernorm":
-                gamma, beta = params[f"gamma{layer}"], params[f"beta{layer}"]
-                out, norm = layernorm_forward(out, gamma, beta, {})
-            out, relu = relu_forward(out)
-            if mode == "train" and self.dropout_keep_ratio < 1:
-                mask = {"seed": self._dropout_seed, "stream": layer, "step": self.step % 2**32}
-                out, dropout = dropout_forward(
-                    out, {"p": self.dropout_keep_ratio, "mode": mode, **mask}
-                )
-            caches.append((affine, norm, relu, dropout))
-        out, affine = self._affine(out, self.num_layers)
-        return out, [*caches, affine]
+    def folded(self, layers: Sequential) -> FullyConnectedNet:
+        """Return a network like this one of other layers: ``fold_batchnorm`` calls it."""
+        if self.normalization != "batchnorm":
+            return copy.deepcopy(self)
+        config = self.config | {"normalization": None}
+        net = FullyConnectedNet(**config, device=self.device.name)
+        affines = [layer for layer in layers if isinstance(layer, Affine)]
+        for i, affine in enumerate(affines, 1):
+            net.params.update({f"W{i}": affine.params["w"], f"b{i}": affine.params["b"]})
+        net.dropout_state = self.dropout_state
+        return net
 
-    def _affine(self, x: Array, layer: int) -> tuple[Array, Any]:
-        w, b = self._params[f"W{layer}"], self._params[f"b{layer}"]
-        return affine_forward(x, w, b, self.reproducible)
+    def _build(self, reproducible: bool) -> None:
+        """Make the layers, of the arrays in ``params``."""
+        where: dict[str, Any] = {"dtype": self.dtype, "device": self.device.name}
+        self._backward_order: list[tuple[Layer, dict[str, str]]] = []
+        layers: list[Layer] = []
+
+        def add(layer: Layer, names: dict[str, str]) -> None:
+            if names:
+                layer.bind(self._params.renamed(names))
+            layers.append(layer)
+            self._backward_order.insert(0, (layer, names))
+
+        widths = (self.input_dim, *self.hidden_dims, self.num_classes)
+        for i in range(1, self.num_layers + 1):
+            # No weights are drawn: those in `params` take their place.
+            affine = Affine(widths[i - 1], widths[i], 0, reproducible=reproducible, **where)
+            affine.weight_scale = None  # so that printing does not show it
+            add(affine, {"w": f"W{i}", "b": f"b{i}"})
+            if i == self.num_layers:
+                break
+            scale = {"gamma": f"gamma{i}", "beta": f"beta{i}"}
+            if self.normalization == "batchnorm":
+                norm = BatchNorm(widths[i], relu=True, **where)
+                # As a caller of batchnorm_forward has it at first: running statistics from zeros.
+                norm.bn_param = {"mode": "train"}
+                add(norm, scale)
+            else:
+                if self.normalization == "layernorm":
+                    add(LayerNorm(widths[i], **where), scale)
+                add(ReLU(), {})
+            if self.dropout_keep_ratio < 1:
+                add(Dropout(self.dropout_keep_ratio, self.seed, stream=i), {})
+        self.layers = Sequential(*layers)
+        self._affines = [layer for layer in layers if isinstance(layer, Affine)]
+        self._batchnorms = [layer for layer in layers if isinstance(layer, BatchNorm)]
+        self._dropouts = [layer for layer in layers if isinstance(layer, Dropout)]
 
     def _initial(self) -> Parameters:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -294,13 +346,12 @@ class FullyConnectedNet:
         # Weights lie first: the L2 penalty and adamw's decay are over one leading stretch.
         layout = sorted(shapes, key=lambda name: not name.startswith("W"))
         params = Parameters(shapes, layout, self.dtype, self.device)
-        # Drawn on the host, in float64, in this order: the same on every device. Rounded to float32
-        # for float64 too, since a few draws depend on the C library's log in their last bit.
+        # Drawn in this order, as the assignment has it.
         generator = np.random.default_rng(self.seed)
         for name, shape in shapes.items():
             if name.startswith("W"):
-                weights = self.weight_scale * generator.standard_normal(shape)
-                params[name] = weights.astype(np.float32).astype(self.dtype)
+                weights = draw_weights(generator, shape, self.weight_scale)
+                params[name] = weights.astype(self.dtype)
             elif name.startswith("gamma"):
                 params[name] = np.ones(shape, self.dtype)
         return params

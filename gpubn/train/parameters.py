@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, NoReturn
 
 import numpy as np
 
-from gpubn.backend import Array, Device, to_host
+from gpubn.backend import Array, Device
 from gpubn.layers import _check
-
-RUNNING = ("running_mean", "running_var")
-"""The keys of a batch norm's running statistics."""
-
-
-def digest(arrays: Mapping[str, Array], text: str = "") -> Any:
-    """Return a SHA-256 object, fed with a text and with arrays: names, dtypes, shapes and bytes."""
-    sha256 = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        array = to_host(arrays[name])
-        if array.dtype.kind == "f" and np.isnan(array).any():
-            array = np.where(np.isnan(array), array.dtype.type(np.nan), array)  # of any payload
-        sha256.update(f"{name} {array.dtype.name} {array.shape}".encode())
-        sha256.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
-    return sha256
 
 
 class Parameters(dict[str, Array]):
@@ -71,6 +55,10 @@ class Parameters(dict[str, Array]):
             start = self._starts[name]
             views[name] = flat[start : start + math.prod(shape)].reshape(shape)
         return views
+
+    def renamed(self, names: Mapping[str, str]) -> Renamed:
+        """Return some of the parameters under other names: ``names`` has new name to old."""
+        return Renamed(self, names)
 
     def zeros_like(self) -> Parameters:
         """Return parameters of the same names and shapes, all zeros, in a buffer of their own."""
@@ -130,3 +118,34 @@ class Parameters(dict[str, Array]):
     popitem = _fixed
     clear = _fixed
     setdefault = _fixed
+
+
+class Renamed(MutableMapping[str, Array]):
+    """Some of the views of ``Parameters`` under other names; assigning copies into the buffer."""
+
+    def __init__(self, params: Parameters, names: Mapping[str, str]) -> None:
+        self._params, self._names = params, names
+
+    def __getitem__(self, own: str) -> Array:
+        return self._params[self._names[own]]
+
+    def __setitem__(self, own: str, array: Array) -> None:
+        if own not in self:
+            raise KeyError(f"there is no parameter {own!r}; there are {', '.join(self)}")
+        self._params[self._names[own]] = array
+
+    def __delitem__(self, own: str) -> None:
+        raise TypeError("a network's parameters are fixed: assign to a name that is there")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as a plain dict of arrays."""
+        return dict, ({own: view.copy() for own, view in self.items()},)

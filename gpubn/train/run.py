@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from gpubn import backend
 from gpubn.layers import softmax_loss
+from gpubn.nn import files
 from gpubn.train import checkpoint
 from gpubn.train.checkpoint import CheckpointError
 from gpubn.train.config import RunConfig
@@ -289,7 +290,7 @@ class Run:
 
     def _load(self, path: Path) -> None:
         """Go on from a checkpoint of this run, and of no other."""
-        state = checkpoint._read(path, "checkpoint")[1]["config"]
+        state = files.read(path, "checkpoint")[1]["config"]
         if "run" not in state:
             raise CheckpointError(f"{path} was not written by a run")
         saved, mine = {"reproducible": False, **state["run"]}, self.config.as_dict()

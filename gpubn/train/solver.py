@@ -13,9 +13,9 @@ import numpy as np
 from gpubn import backend
 from gpubn.backend import Array
 from gpubn.layers import _check, count_correct
+from gpubn.nn.norms import RUNNING
 from gpubn.train import optim
 from gpubn.train.net import FullyConnectedNet
-from gpubn.train.parameters import RUNNING
 
 
 class Model(Protocol):
@@ -446,7 +446,7 @@ class Solver:
             scores = self.model.loss(X[start : start + batch_size])
             labels = y[start : start + batch_size]
             with backend.scope_of(scores):
-                if scores.dtype not in _check.FLOATS:  # float16 or integers, of another model
+                if scores.dtype.name not in _check.FLOATS:  # float16 or integers, of another model
                     scores = scores.astype(np.float64)
                 if backend.is_cuda(scores):
                     labels = backend.namespace(scores).asarray(labels)

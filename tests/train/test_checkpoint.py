@@ -15,6 +15,7 @@ from test_solver import Linear, assert_equal, draw, host, make_net, make_solver
 
 from gpubn import Solver, backend
 from gpubn.backend import Device, to_host
+from gpubn.nn import files
 from gpubn.train import FullyConnectedNet, NonFiniteLoss, checkpoint, optim
 from gpubn.train.checkpoint import CheckpointError
 
@@ -343,7 +344,7 @@ def test_wrong_kind(tmp_path: Path) -> None:
 def test_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, solver = tmp_path / "run", make_everything()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        patch.setattr(files, "FORMAT", files.FORMAT + 1)
         checkpoint.save(path, solver)
     assert_refused(path, solver, CheckpointError, "has format 2, this gpubn reads 1")
 
@@ -544,6 +545,27 @@ def test_the_same_state_makes_the_same_bytes(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / name, run_to(make_everything(), 8))
         files.add((tmp_path / name).read_bytes())
     assert len(files) == 1
+
+
+OPTIONS = [
+    (lambda norm: setattr(norm, "frozen", True), "frozen of .* is True, expected False"),
+    (lambda norm: norm.bn_param.update(momentum=None), "momentum of .* is None, expected 0.9"),
+    (lambda norm: norm.bn_param.update(eps=0.1), r"eps of .* layers\[1\] is 0.1, expected 1e-05"),
+    (lambda norm: norm.bn_param.update(unbiased=True), "unbiased of .* is True, expected False"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), OPTIONS, ids=[text for _, text in OPTIONS])
+def test_what_files_do_not_keep_is_refused(
+    change: Callable[[Any], None], text: str, tmp_path: Path
+) -> None:
+    solver = make_everything()
+    change(solver.model.layers[1])
+    with pytest.raises(ValueError, match=text):
+        checkpoint.save(tmp_path / "run", solver)
+    with pytest.raises(ValueError, match=text):
+        checkpoint.save_model(tmp_path / "model", solver.model)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -448,7 +448,9 @@ def test_duplicates_are_networks_of_their_own(
     net = make_general(normalization="batchnorm", dropout_keep_ratio=0.5, device="cpu")
     X, y = draw()
     net.loss(X, y)
+    net.layers[1].frozen = True
     other = duplicate(net)
+    assert [layer.frozen for layer in (other.layers[1], other.layers[4])] == [True, False]
     before, statistics = host(net.params), running(net)
     expected = net.loss(X)
     np.testing.assert_array_equal(other.loss(X), expected)
@@ -460,6 +462,125 @@ def test_duplicates_are_networks_of_their_own(
         assert_equal(values, old)
     other.params = before
     assert_equal(host(other.params), before)
+
+
+# --- Layers ---------------------------------------------------------------------------------------
+
+
+@variants
+def test_layers_and_parameters_are_the_same_arrays(device: Device, variant: dict[str, Any]) -> None:
+    net = make_general(**variant)
+    X, y = draw()
+    net.loss(X, y)
+    shapes = [array.shape for array in net.params.values()]
+    assert [array.shape for array in net.layers.params.values()] == shapes
+    before = to_host(net.loss(X))
+    x = device.asarray(X)
+    np.testing.assert_array_equal(to_host(net.layers.eval()(x)), before)
+    for array in net.layers.params.values():
+        array += 1
+    flat = to_host(net.params.flat).copy()
+    net.params.flat[...] -= 1
+    for name, array in net.layers.params.items():
+        net.layers.params[name] = array + 1
+    np.testing.assert_array_equal(to_host(net.params.flat), flat)
+    with pytest.raises(KeyError, match="there is no parameter 'weight'; there are w, b"):
+        net.layers[0].params["weight"] = net.params["W1"]
+    with pytest.raises(ValueError, match=r"b1 has shape \(3,\), expected \(4,\)"):
+        net.layers[0].params["b"] = net.params["b2"]
+    other = copy.deepcopy(net.layers)
+    other[0].params["w"] = device.asarray(np.zeros((4, 4)))
+    np.testing.assert_array_equal(to_host(net.params.flat), flat)
+    for arguments in ((X,), (X, y)):  # loss keeps nothing of its passes
+        net.loss(*arguments)
+        assert not net.layers.grads
+        for layer in net.layers:
+            with pytest.raises(RuntimeError, match="before forward"):
+                layer.backward(x)
+
+
+def test_the_state_of_layers(device: Device) -> None:
+    net, other = make_general(normalization="batchnorm"), make(normalization="batchnorm", seed=1)
+    X, y = draw()
+    net.loss(X, y)
+    for each in (net.layers.state_dict(), {**net.layers.params, **net.layers.buffers}):
+        other.layers.load_state_dict(each)
+        assert other.sha256() == net.sha256()
+        np.testing.assert_array_equal(to_host(other.loss(X)), to_host(net.loss(X)))
+
+
+def test_absent_statistics_count_as_zeros(device: Device) -> None:
+    net = make(normalization="batchnorm")
+    before = net.sha256()
+    net.layers.state_dict()
+    assert net.sha256() == before
+
+
+def test_scores_leave_modes_as_they_are(device: Device) -> None:
+    net = make_general(normalization="batchnorm", dropout_keep_ratio=0.5)
+    X, y = draw()
+    net.loss(X, y)
+    for layers in (net.layers.train(), net.layers.eval()):
+        modes = [layer.training for layer in layers]
+        net.loss(X)
+        assert [layer.training for layer in layers] == modes
+
+
+def test_a_frozen_batch_norm(device: Device) -> None:
+    net = make_general(normalization="batchnorm")
+    X, y = draw()
+    net.loss(X, y)
+    before = running(net)
+    norm = net.layers[1]
+    norm.frozen = True
+    net.loss(X, y)
+    assert_equal(running(net)[0], before[0])
+    assert not np.array_equal(running(net)[1]["running_mean"], before[1]["running_mean"])
+
+
+def test_batch_norms_take_what_is_assigned(device: Device) -> None:
+    net, other = (make_general(normalization="batchnorm") for _ in range(2))
+    X, y = draw()
+    net.loss(X, y)
+    other.bn_params = copy.deepcopy(net.bn_params)
+    np.testing.assert_array_equal(to_host(other.loss(X)), to_host(net.loss(X)))
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        other.bn_params[0] = {"mode": "train"}
+    other.bn_params[0]["momentum"] = 1.0
+    before = running(net)
+    other.loss(X, y)
+    mean = to_host(other.bn_params[0]["running_mean"])
+    np.testing.assert_array_equal(mean, before[0]["running_mean"])
+    with pytest.raises(ValueError, match="bn_params has 1 entries, expected 2"):
+        other.bn_params = net.bn_params[:1]
+
+
+def test_printing() -> None:
+    net = make(normalization="batchnorm", dropout_keep_ratio=0.5, device="cpu", dtype=np.float32)
+    lines = str(net).splitlines()
+    assert lines[0] == "FullyConnectedNet"
+    assert [" ".join(line.split()) for line in lines[2:5]] == [
+        "0 Affine(4, 4) (N, 4) w (4, 4), b (4,) 20",
+        "1 BatchNorm(4, relu=True) (N, 4) gamma (4,), beta (4,) 8",
+        "2 Dropout(0.5, seed=8, stream=1) (N, 4) 0",
+    ]
+    assert lines[-1] == f"total: {net.params.flat.size} parameters, float32 on cpu"
+    assert repr(net).startswith("FullyConnectedNet(hidden_dims=[4, 3], input_dim=4,")
+    # Seeds that were drawn are none of the arguments.
+    assert "Dropout(0.5, stream=1)" in str(make(dropout_keep_ratio=0.5, device="cpu", seed=None))
+
+
+def test_pickles_of_before_there_were_layers() -> None:
+    net = make_general(normalization="batchnorm", dropout_keep_ratio=0.5, device="cpu")
+    X, y = draw()
+    net.loss(X, y)
+    state = net.__getstate__()
+    assert "layers" not in state
+    del state["reproducible"], state["frozen"]
+    other = FullyConnectedNet.__new__(FullyConnectedNet)
+    other.__setstate__(state)
+    assert other.sha256() == net.sha256()
+    assert not other.reproducible
 
 
 # --- Bad input ------------------------------------------------------------------------------------

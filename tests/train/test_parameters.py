@@ -238,3 +238,32 @@ def test_assigning_a_networks_params(device: Device) -> None:
     with pytest.raises(ValueError, match="W2 has shape"):
         net.params = {"b1": np.zeros(2), "W2": np.zeros((2, 2))}
     np.testing.assert_array_equal(to_host(params.flat), before)
+
+
+def test_a_layers_parameters_stay_in_the_buffer(device: Device) -> None:
+    net = FullyConnectedNet([2], 3, 3, dtype=np.float64, seed=0)
+    params = net.layers[0].params
+    new = {"w": np.full((3, 2), 7.0), "b": np.full(2, 8.0)}
+    params.update(new)
+    assert to_host(net.params["W1"]).tolist() == [[7, 7]] * 3
+    assert to_host(net.params["b1"]).tolist() == [8, 8]
+    assert params["w"] is net.params["W1"]
+    for change in (
+        lambda: params.pop("w"),
+        params.popitem,
+        params.clear,
+        lambda: params.__delitem__("w"),
+    ):
+        with pytest.raises(TypeError, match="fixed"):
+            change()
+    with pytest.raises(KeyError, match="there is no parameter 'bias'; there are w, b"):
+        params.setdefault("bias", new["b"])
+    assert params.setdefault("b", new["b"] + 1) is net.params["b1"]
+    assert {name: array.shape for name, array in params.items()} == {"w": (3, 2), "b": (2,)}
+    assert len(params) == 2
+    assert repr(params).startswith("{'w': array(")
+    X = np.ones((1, 3))
+    before = to_host(net.loss(X))
+    net.params.flat[...] = 0
+    assert not to_host(net.loss(X)).any()
+    assert before.any()

@@ -19,6 +19,7 @@ import gpubn
 from gpubn import backend, cli
 from gpubn.kernels import gemm_numba
 from gpubn.kernels.threads import get_num_threads, set_num_threads
+from gpubn.nn import files
 from gpubn.train import checkpoint
 from gpubn.train import run as runs
 from gpubn.train.config import RunConfig
@@ -225,7 +226,7 @@ def test_what_was_saved_before_there_were_reproducible_runs(
     # As an earlier version wrote it: nothing says reproducible.
     without = (tmp_path / "config.toml").read_text().replace("reproducible = false\n", "")
     (tmp_path / "config.toml").write_text(without)
-    read = checkpoint._read
+    read = files.read
 
     def read_old(*arguments: Any) -> Any:
         arrays, header = read(*arguments)
@@ -233,7 +234,7 @@ def test_what_was_saved_before_there_were_reproducible_runs(
             del part["reproducible"]
         return arrays, header
 
-    monkeypatch.setattr(checkpoint, "_read", read_old)
+    monkeypatch.setattr(files, "read", read_old)
     assert runs.resume(tmp_path, epochs=2).finished
     assert not checkpoint.load_model(tmp_path / "model.safetensors", "cpu")[0].reproducible
 

@@ -89,7 +89,16 @@ constexpr size_t STACK_BYTES = 128 << 10;
 // The page below a stack: an overflow faults there, and corrupts nothing.
 inline size_t guard_bytes() { return size_t(sysconf(_SC_PAGESIZE)); }
 
+// Stacks that no library uses, each beginning with the address of the next. All libraries of a process
+// share one list: it may map only so many stacks, and every library's kernels need up to 1,024.
+HOST_CUDA_STATE char** spare_stacks = nullptr;  // set as soon as the library is loaded
+
 inline char* new_stack() {
+    if (*spare_stacks) {
+        char* stack = *spare_stacks;
+        memcpy(spare_stacks, stack, sizeof stack);
+        return stack;
+    }
     void* memory = mmap(nullptr, guard_bytes() + STACK_BYTES, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, guard_bytes(), PROT_NONE) != 0) {
@@ -143,7 +152,6 @@ struct Thread {
     Fiber* fiber;       // its stack, while it is suspended
 };
 
-constexpr unsigned KEPT_FIBERS = 256;  // between launches: a process may map only so many stacks
 constexpr unsigned MAX_THREADS = 1024;
 
 struct Machine {
@@ -155,7 +163,6 @@ struct Machine {
     Fiber* running;              // the fiber of the current thread
     Fiber scheduler;
     Fiber* free_fibers;
-    unsigned fiber_count;
     void (*call)(void* kernel, void** args);
     void* kernel;
     void** args;
@@ -218,17 +225,15 @@ inline Fiber* take_fiber() {
         machine->free_fibers = fiber->next_free;
         return fiber;
     }
-    ++machine->fiber_count;
     return new Fiber(run_fresh_threads);
 }
 
-inline void drop_spare_fibers() {
-    while (machine->fiber_count > KEPT_FIBERS && machine->free_fibers) {
-        Fiber* fiber = machine->free_fibers;
+inline void drop_fibers() {
+    while (Fiber* fiber = machine->free_fibers) {
         machine->free_fibers = fiber->next_free;
-        munmap(fiber->stack - guard_bytes(), guard_bytes() + STACK_BYTES);
+        memcpy(fiber->stack, spare_stacks, sizeof fiber->stack);
+        *spare_stacks = fiber->stack;
         delete fiber;
-        --machine->fiber_count;
     }
 }
 
@@ -398,11 +403,10 @@ const char* launch(void (*kernel)(P...), const unsigned* grid, const unsigned* b
             snprintf(machine->message + used, sizeof machine->message - used, " (block (%u, %u, %u))",
                      blockIdx.x, blockIdx.y, blockIdx.z);
             machine->free_fibers = nullptr;
-            machine->fiber_count = 0;
             return machine->message;
         }
     }
-    drop_spare_fibers();
+    drop_fibers();
     return nullptr;
 }
 

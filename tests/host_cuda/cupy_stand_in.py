@@ -440,6 +440,10 @@ def _descending() -> bool:
 # Raw kernels
 
 
+#: The stacks that no kernel's threads use at present; a process may map only so many of them.
+_spare_stacks = ctypes.c_void_p()
+
+
 class RawModule:
     """cupy.RawModule for CUDA C++ text."""
 
@@ -478,7 +482,10 @@ class RawModule:
                 f" void** args, bool descending)"
                 f" {{ return host_cuda::launch({name}, grid, block, args, descending); }}"
             )
-        return _compile("\n".join(text), _defines(self.options), ", ".join(names))
+        text.append("EXPORT void share_stacks(char** list) { host_cuda::spare_stacks = list; }")
+        library = _compile("\n".join(text), _defines(self.options), ", ".join(names))
+        library.share_stacks(ctypes.byref(_spare_stacks))
+        return library
 
 
 class RawKernel:

@@ -528,3 +528,21 @@ def test_text_and_options_are_those_of_cupy():
         pytest.skip(f"CuPy's private generator has changed: {error}")
     ours = nvrtc.cupy_options(("-Dx",), "7.5")
     assert [option for option in ours if option in theirs] == theirs
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_kernels_share_their_threads_stacks(cupy):
+    """A process may map some 65,000 stretches of memory, and a test run loads hundreds of kernels."""
+
+    def maps():
+        with open("/proc/self/maps") as lines:
+            return sum(1 for _ in lines)
+
+    counts = []
+    for i in range(6):
+        body = f"__shared__ float y[256]; y[threadIdx.x] = {i}; __syncthreads(); x[0] = y[9];"
+        launch = kernel(cupy, extern(body))
+        launch((1, 1, 1), (256, 1, 1), (cupy.empty(1, np.float32),))
+        counts.append(maps())
+    assert counts[-1] - counts[0] < 256  # a library's own few

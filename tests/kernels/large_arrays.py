@@ -49,14 +49,16 @@ def places(size: int) -> Iterator[slice]:
 
 
 def pieces(x: Array) -> Iterator[NDArray[Any]]:
-    """Yield the first axis in pieces, in float64 on the host."""
-    step = max(1, PIECE * len(x) // x.size)  # of the first axis
-    for start in range(0, len(x), step):
-        yield np.asarray(to_host(x[start : start + step]), np.float64)
+    """Yield pieces of the longest axis, in float64 on the host."""
+    axis = int(np.argmax(x.shape))
+    step = max(1, PIECE * x.shape[axis] // x.size)
+    for start in range(0, x.shape[axis], step):
+        piece = x[(slice(None),) * axis + (slice(start, start + step),)]
+        yield np.asarray(to_host(piece), np.float64)
 
 
 def moments(x: Array, axes: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return mean and variance over ``axes``, the first one among them, in float64."""
+    """Return mean and variance over ``axes``, the longest one among them, in float64."""
     count = x.size // np.prod([x.shape[i] for i in range(x.ndim) if i not in axes])
     mean = sum(piece.sum(axes) for piece in pieces(x)) / count
     square = sum((piece**2).sum(axes) for piece in pieces(x)) / count

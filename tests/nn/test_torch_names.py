@@ -250,6 +250,14 @@ def test_parameters_of_other_names_are_not_left_out() -> None:
     with pytest.raises(ValueError, match=r"state_dict has no 0.bias, expected 0.weight, 0.bias"):
         nn.from_torch_state_dict(net, {"0.weight": np.ones((2, 5), "f4")})
 
+    class Shift(nn.ReLU):
+        """No norm, whatever its parameter's name."""
+
+    shift = Shift()
+    shift.params["beta"] = np.ones(2, np.float32)
+    with pytest.raises(ValueError, match="state_dict has no bias, expected bias"):
+        nn.from_torch_state_dict(shift, {})
+
 
 def test_weights_are_not_taken_untransposed() -> None:
     with pytest.raises(ValueError, match=r"weight has shape \(5, 2\), expected \(2, 5\)"):

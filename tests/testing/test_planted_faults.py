@@ -264,7 +264,11 @@ CUDA_FAULTS = (
     Fault(
         "what the gradient loses taken away at once",
         "batchnorm.cuh",
-        {"(R(scale) * g - R(p)) - xhat * R(q)": "R(scale) * g - (R(p) + xhat * R(q))"},
+        {
+            "(R(scale) * g - R(constant)) - xhat * R(slope)": (
+                "R(scale) * g - (R(constant) + xhat * R(slope))"
+            )
+        },
         "batchnorm",
     ),
     Fault(
@@ -591,15 +595,25 @@ def in_a_child(run: Callable[..., Any], *arguments: str) -> Any:
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: sender.send(run(*arguments)))
+
+    def send() -> None:
+        try:
+            sender.send(run(*arguments))
+        except Exception as error:
+            sender.send(error)
+
+    child = context.Process(target=send)
     with warnings.catch_warnings(), receiver:
         warnings.simplefilter("ignore", DeprecationWarning)  # our threads are ready for a fork
         child.start()
         sender.close()
         try:
-            return receiver.recv()
+            result = receiver.recv()
         finally:
             child.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def assert_found(parity: Callable[..., tuple[int, str]], fault: Fault) -> None:

@@ -533,7 +533,7 @@ def test_text_and_options_are_those_of_cupy():
 @needs_compiler
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 def test_kernels_share_their_threads_stacks(cupy):
-    """A process may map some 65,000 stretches of memory, and a test run loads hundreds of kernels."""
+    """A process may map some 65,000 stretches of memory; a test run loads hundreds of kernels."""
 
     def maps():
         with open("/proc/self/maps") as lines:

@@ -1,4 +1,4 @@
-"""More than 2**31 elements: every op's index arithmetic holds. Takes minutes and 16 GB.
+"""More than 2**31 elements: every op's index arithmetic holds. Takes five minutes and 16 GB.
 
 Run ``python tests/kernels/large_arrays.py [--device cuda]``. Arrays are float16, a pattern of prime
 length over and over, so that an index that wraps around meets other values. Results are held to

@@ -19,7 +19,7 @@ step info python3 -m gpubn info
 step tests python3 -m pytest -q -p no:cacheprovider --device cuda tests/layers tests/nn tests/train \
     tests/test_table.py
 step same-bits python3 -m pytest -q -p no:cacheprovider --device cuda tests/kernels/test_same_bits.py \
-    tests/kernels/test_elementary.py tests/kernels/test_half.py
+    tests/kernels/test_elementary.py tests/kernels/test_half_conversion.py
 step parity python3 -m gpubn parity --json "$out/parity.json"
 step large-arrays python3 tests/kernels/large_arrays.py --device cuda
 step exp-log python3 tests/kernels/exhaustive_exp_log.py --device cuda

@@ -10,7 +10,7 @@ import pytest
 
 from gpubn import FullyConnectedNet, backend, nn
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[compare]'")
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,8 @@ def batchnorm_forward(
     Bits are the same on CPU and CUDA, channels first or last. Half precision is computed with in
     float32 and rounded once. A channel whose squared distances from the mean overflow (float32:
     distances above 1.8e19) has an infinite variance: its output is beta, its gradients are 0, and
-    its running variance becomes infinite.
+    its running variance becomes infinite. Where sums of eight values overflow (from 4e37 on) it is
+    NaN. Keys of bn_param that are not named above are ignored.
     """
     out, cache = _forward(x, None, gamma, beta, bn_param, axis, relu=False)
     return cache.view.give(out), cache
@@ -235,9 +236,9 @@ def _forward(
         statistics = Statistics(shift, mean, invstd, scale, beta)
         added = None if residual is None else view.take(residual)
         out = kernels.normalize(taken, statistics, added, relu)
-    bn_param["running_mean"], bn_param["running_var"] = running_mean, running_var
-    if mode == "train":
-        bn_param.update(updates)
+    # All at once: an interrupt in between must not leave the count behind the averages.
+    running_statistics = {"running_mean": running_mean, "running_var": running_var}
+    bn_param.update(running_statistics | (updates if mode == "train" else {}))
     return out, _Cache(taken, statistics, mode == "train", view, x.shape)
 
 
@@ -246,6 +247,8 @@ def _momentum(bn_param: MutableMapping[str, Any]) -> tuple[float, dict[str, int]
     momentum = bn_param.get("momentum", 0.9)
     if momentum is None:
         count = _check.whole("num_batches", bn_param.get("num_batches", 0), 0)
+        if count >= 2**63 - 1:
+            raise ValueError(f"num_batches is {count}, expected less than 2**63 - 1")
         return count / (count + 1), {"num_batches": count + 1}
     momentum = _check.number("momentum", momentum)
     if not 0 <= momentum <= 1:

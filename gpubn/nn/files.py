@@ -108,7 +108,12 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     written, text = metadata["gpubn"][:64], metadata["gpubn"][64:]
     if written != digest(arrays, text).hexdigest():
         raise CheckpointError(f"{name} is damaged: its contents do not fit its checksum")
-    header = json.loads(text)
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{name} was not written by gpubn: {error}") from error
+    if not isinstance(header, dict) or not {"format", "kind"} <= header.keys():
+        raise CheckpointError(f"{name} was not written by gpubn: its header has no format and kind")
     if header["format"] != FORMAT:
         raise CheckpointError(f"{name} has format {header['format']}, this gpubn reads {FORMAT}")
     if header["kind"] != kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, Protocol, Self, TypeVar, overload
+from typing import Any, Protocol, Self, TypeGuard, TypeVar, overload
 
 import numpy as np
 
@@ -34,6 +34,15 @@ class Network(Protocol):
 
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
+
+
+def _layers_of(net: Any) -> Sequential:
+    layers = net if isinstance(net, Sequential) else getattr(net, "layers", None)
+    if not isinstance(layers, Sequential):
+        raise TypeError(
+            f"net is a {type(net).__name__}, expected a Sequential or a FullyConnectedNet"
+        )
+    return layers
 
 
 # --- Folding --------------------------------------------------------------------------------------
@@ -77,9 +86,10 @@ def fold_batchnorm(net: Sequential | Network) -> Sequential | Network:
     output where terms cancel: where the mean is far from 0 and the variance small. Layers that
     follow carry the difference on.
     """
+    layers = _layers_of(net)
     if isinstance(net, Sequential):
         return _fold(net, None)[0].eval()
-    return net.folded(_fold(net.layers, None)[0])
+    return net.folded(_fold(layers, None)[0])
 
 
 def _fold(net: Sequential, last: Affine | None) -> tuple[Sequential, Affine | None]:
@@ -92,7 +102,7 @@ def _fold(net: Sequential, last: Affine | None) -> tuple[Sequential, Affine | No
         if isinstance(layer, Sequential):
             inner, last = _fold(layer, last)
             folded.append(inner)
-        elif isinstance(layer, BatchNorm) and last is not None and layer.axis in (1, -1):
+        elif _is_foldable(layer) and last is not None:
             _fold_pair(last, layer)
             if layer.relu:
                 folded.append(ReLU())
@@ -100,8 +110,14 @@ def _fold(net: Sequential, last: Affine | None) -> tuple[Sequential, Affine | No
         else:
             folded.append(copy.deepcopy(layer))
             folded[-1].release()
-            last = folded[-1] if isinstance(folded[-1], Affine) else None
+            # Of exactly this type: a class derived from it may compute something else.
+            last = folded[-1] if type(folded[-1]) is Affine else None
     return Sequential(*folded), last
+
+
+def _is_foldable(layer: Layer) -> TypeGuard[BatchNorm]:
+    """Tell whether a layer is a batch norm, and nothing derived from it, of an affine's outputs."""
+    return type(layer) is BatchNorm and layer.axis in (1, -1)
 
 
 def _fold_pair(affine: Affine, norm: BatchNorm) -> None:
@@ -157,7 +173,7 @@ def population_statistics(net: Sequential | Network, data: Any, batch_size: int 
     Means over batches are taken in float64, on the host, and rounded once.
     """
     batch_size = _check.whole("batch_size", batch_size, least=2)
-    layers = net if isinstance(net, Sequential) else net.layers
+    layers = _layers_of(net)
     data = interop.take(data, "data")
     _check.array("data", data)
     if data.ndim < 2 or len(data) < 2:

@@ -150,15 +150,14 @@ class Layer(ABC):
 
     # --- Modes ------------------------------------------------------------------------------------
 
-    def train(self) -> Self:
-        """Let dropout drop and batch norms use the batch's statistics; return the layer."""
-        self.training = True
+    def train(self, mode: bool = True) -> Self:
+        """Let dropout drop and batch norms use the batch's statistics, or not; return the layer."""
+        self.training = _check.boolean("mode", mode)
         return self
 
     def eval(self) -> Self:
         """Let dropout pass all and batch norms use their running statistics; return the layer."""
-        self.training = False
-        return self
+        return self.train(False)
 
     # --- State ------------------------------------------------------------------------------------
 
@@ -218,6 +217,10 @@ class Layer(ABC):
                 raise ValueError(f"{name} has shape {new.shape}, expected {array.shape}")
             if new.dtype != array.dtype:
                 raise TypeError(f"{name} has dtype {new.dtype}, expected {array.dtype}")
+            if name.rpartition(".")[2] == "num_batches" and int(backend.to_host(new)) < 0:
+                raise ValueError(f"{name} is {int(new)}, expected a whole number of at least 0")
+            if not getattr(array.flags, "writeable", True):
+                raise ValueError(f"{name} of the layer is read-only, expected an array to write to")
         # Copies first: an array may be a view of what is written.
         copies = {name: _copy_beside(array, arrays[name]) for name, (_, array) in mine.items()}
         for name, (layer, array) in mine.items():

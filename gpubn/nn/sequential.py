@@ -66,17 +66,12 @@ class Sequential(Layer):
         for layer in self._layers:
             layer.release()
 
-    def train(self) -> Self:
-        """Set every layer to training; return the Sequential."""
+    def train(self, mode: bool = True) -> Self:
+        """Set every layer to training, or to evaluation; return the Sequential."""
+        super().train(mode)
         for layer in self._layers:
-            layer.train()
-        return super().train()
-
-    def eval(self) -> Self:
-        """Set every layer to evaluation; return the Sequential."""
-        for layer in self._layers:
-            layer.eval()
-        return super().eval()
+            layer.train(mode)
+        return self
 
     @property
     def params(self) -> MutableMapping[str, Array]:

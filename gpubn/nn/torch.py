@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gpubn import interop
 from gpubn.backend import Array, to_host
 from gpubn.layers import _check
+from gpubn.nn.affine import Affine
 from gpubn.nn.layer import Layer
 from gpubn.nn.norms import RUNNING, BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from gpubn.nn.sequential import Sequential
@@ -43,8 +44,8 @@ def from_torch_state_dict(net: Layer | _Network, state_dict: Mapping[str, Any]) 
     with ``relu=True`` counts as two modules, a batch norm and a ``ReLU``. So a
     ``FullyConnectedNet`` is a Sequential of ``Linear, BatchNorm1d, ReLU, Dropout, Linear, ...``,
     without the modules that it has no use for. Where the state has neither weight nor bias of a
-    norm, as with ``affine=False``, or no bias, gamma becomes 1 and beta 0, which is what such a
-    module computes.
+    norm, as with ``affine=False``, or no bias, as with ``bias=False``, gamma becomes 1 and beta and
+    b 0, which is what such a module computes.
 
     Parameters
     ----------
@@ -143,14 +144,18 @@ def _pairs(layer: Layer, mine: str = "", theirs: str = "") -> Iterator[_Pair]:
 
 
 def _implied(layer: Layer, absent: set[str]) -> dict[str, NDArray[Any]]:
-    """Return gamma 1 and beta 0 of those norms that have neither there, or no bias."""
+    """Return what modules without a weight or a bias compute with: gamma 1, beta and b 0."""
     implied, state = {}, layer._state()
     for name in absent:
         owner, array = state[name]
         own, beta = name.rpartition(".")[2], name.removesuffix("gamma") + "beta"
-        if isinstance(owner, _NORMS) and (
-            own == "beta" or (own == "gamma" and (beta in absent or beta not in state))
-        ):
+        if isinstance(owner, Affine):
+            given = own == "b" and name.removesuffix("b") + "w" not in absent
+        else:
+            given = isinstance(owner, _NORMS) and (
+                own == "beta" or (own == "gamma" and (beta in absent or beta not in state))
+            )
+        if given:
             implied[name] = np.full(array.shape, float(own == "gamma"), array.dtype)
     return implied
 

@@ -321,3 +321,27 @@ def test_bad_data() -> None:
     net = nn.Sequential(nn.ReLU())
     nn.population_statistics(net, X)  # nothing to set
     assert_same(net(X), X)
+
+
+class _Raised(nn.BatchNorm):
+    """A layer of one's own, which is no affine map of its statistics alone."""
+
+    def _forward(self, x: Any) -> Any:
+        out, cache = super()._forward(x)
+        return out + 5, cache
+
+
+def test_a_derived_layer_is_not_folded(device: Device) -> None:
+    net = nn.Sequential(nn.Affine(4, 3, seed=0), _Raised(3)).eval()
+    folded = nn.fold_batchnorm(net)
+    assert [type(layer) for layer in folded] == [nn.Affine, _Raised]
+    x = device.asarray(np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32))
+    assert to_host(folded(x)).tobytes() == to_host(net(x)).tobytes()
+
+
+@pytest.mark.parametrize("function", [nn.fold_batchnorm, lambda n: nn.population_statistics(n, 0)])
+@pytest.mark.parametrize("net", [nn.BatchNorm(3), None])
+def test_what_is_no_network(function: Any, net: Any) -> None:
+    expected = f"net is a {type(net).__name__}, expected a Sequential or a FullyConnectedNet"
+    with pytest.raises(TypeError, match=expected):
+        function(net)

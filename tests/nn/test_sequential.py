@@ -213,3 +213,12 @@ total: 0 parameters"""
         assert str(nn.Sequential()).endswith("total: 0 parameters")
         large = str(nn.Sequential(nn.Affine(3072, 100, dtype=np.float64)))
         assert large.endswith("total: 307,300 parameters, float64 on cpu")
+
+
+def test_train_takes_a_mode() -> None:
+    net = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Dropout(0.5)))
+    assert net.train(False) is net
+    assert not any(layer.training for _, layer in net.leaves())
+    assert all(layer.training for _, layer in net.train().leaves())
+    with pytest.raises(TypeError, match="mode is 1, expected True or False"):
+        net.train(1)  # type: ignore[arg-type]

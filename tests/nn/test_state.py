@@ -210,3 +210,33 @@ def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         layer.save(tmp_path / "other")
     with pytest.raises(ImportError, match="loading needs safetensors: pip install safetensors"):
         layer.load(tmp_path / "net")
+
+
+def test_a_refused_state_changes_nothing_at_all() -> None:
+    net = nn.Sequential(nn.Affine(4, 3, seed=0), nn.BatchNorm(3, momentum=None), nn.Affine(3, 2))
+    before = {name: array.tobytes() for name, array in net.state_dict().items()}
+    state = {name: array + 1 for name, array in net.state_dict().items()}
+    state["1.num_batches"] = np.array(-1)
+    with pytest.raises(ValueError, match=r"1\.num_batches is -1, expected a whole number"):
+        net.load_state_dict(state)
+    state["1.num_batches"] = np.array(2)
+    frozen = net.params["2.w"].copy()
+    frozen.flags.writeable = False
+    net.params["2.w"] = frozen
+    with pytest.raises(ValueError, match=r"2\.w of the layer is read-only"):
+        net.load_state_dict(state)
+    assert {name: array.tobytes() for name, array in net.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("header", ["[]", "null", "{}", '{"format": 1}', "{bad"])
+def test_a_header_of_another_program(tmp_path: Path, header: str) -> None:
+    import safetensors.numpy
+
+    from gpubn.nn.files import digest
+
+    arrays = {"w": np.ones(2, np.float32)}
+    text = digest(arrays, header).hexdigest() + header
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(safetensors.numpy.save(arrays, {"gpubn": text}))
+    with pytest.raises(nn.CheckpointError, match="was not written by gpubn"):
+        nn.Affine(1, 1).load(path)

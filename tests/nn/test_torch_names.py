@@ -247,8 +247,8 @@ def test_parameters_of_other_names_are_not_left_out() -> None:
     text = "state_dict has no 1.weight, 1.bias and has 2.weight, 2.bias, expected 0.weight,"
     with pytest.raises(ValueError, match=text):
         nn.from_torch_state_dict(net, module.state_dict())
-    with pytest.raises(ValueError, match=r"state_dict has no 0.bias, expected 0.weight, 0.bias"):
-        nn.from_torch_state_dict(net, {"0.weight": np.ones((2, 5), "f4")})
+    with pytest.raises(ValueError, match=r"state_dict has no 0.weight, 0.bias, expected 0.weight"):
+        nn.from_torch_state_dict(net, {"1.weight": np.ones(2, "f4")})
 
     class Shift(nn.ReLU):
         """No norm, whatever its parameter's name."""
@@ -319,3 +319,14 @@ def test_data_of_other_libraries() -> None:
     for name, array in net.buffers.items():
         np.testing.assert_array_equal(array, other.buffers[name])
     net.load_state_dict({name: torch.from_numpy(a) for name, a in other.state_dict().items()})
+
+
+def test_a_linear_without_a_bias() -> None:
+    theirs = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False), torch.nn.BatchNorm1d(3))
+    net = nn.Sequential(nn.Affine(4, 3), nn.BatchNorm(3)).eval()
+    net.params["0.b"] = np.ones(3, np.float32)
+    nn.from_torch_state_dict(net, theirs.state_dict())
+    x = torch.randn(5, 4)
+    np.testing.assert_allclose(net(x), theirs.eval()(x).detach(), atol=1e-6)
+    with pytest.raises(ValueError, match=r"0\.weight"):  # a weight is not made up
+        nn.from_torch_state_dict(net, {k: v for k, v in theirs.state_dict().items() if k[0] != "0"})

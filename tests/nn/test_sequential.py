@@ -221,4 +221,4 @@ def test_train_takes_a_mode() -> None:
     assert not any(layer.training for _, layer in net.leaves())
     assert all(layer.training for _, layer in net.train().leaves())
     with pytest.raises(TypeError, match="mode is 1, expected True or False"):
-        net.train(1)  # type: ignore[arg-type]
+        net.train(1)

@@ -135,7 +135,7 @@ def assert_parity(
     *args: Any,
     units: float = 0,
     atol: float = 0.0,
-    reference_units: float = 16,
+    reference_units: float = 20,
     devices: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Agreement:

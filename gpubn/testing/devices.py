@@ -396,7 +396,7 @@ def _compare_all(first: _Run, others: Sequence[_Run], tolerance: _Tolerance) -> 
     __tracebackhide__ = True
     agreements = []
     for other in others:
-        # noqa: a comprehension has a frame of its own, which pytest would show
+        # No comprehension: it has a frame of its own, which pytest would show
         agreements.append(_compare(first, other, tolerance))  # noqa: PERF401
     worst = max(agreements, key=lambda agreement: agreement.units)
     return replace(worst, sides=(first.side, *(other.side for other in others)))

@@ -47,6 +47,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    chosen = backend._current.get()
+    if chosen is not None:  # by a layer in a parametrize, which no test's device would apply to
+        raise pytest.UsageError(f"collecting the tests chose a device: {chosen}")
+
+
+@pytest.fixture(autouse=True)
+def no_device_chosen() -> Iterator[None]:
+    """Let each test begin as a program does: nothing has chosen a device yet."""
+    token = backend._current.set(None)
+    yield
+    backend._current.reset(token)
+
+
 @contextlib.contextmanager
 def host_cuda() -> Iterator[None]:
     """Let gpubn take the stand-in for CuPy, and the host for a GPU."""

@@ -1,35 +1,53 @@
-"""Layer norm, forward and backward."""
+"""Layer norm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
-
-from benchmarks.harness import Case
-from gpubn.backend import Device, to_host
-from gpubn.layers import layernorm_backward, layernorm_forward
+from benchmarks import checks
+from benchmarks.harness import Case, Setting
+from benchmarks.layer import Layer, against, draw, parameters, passes
+from benchmarks.peers import Torch
+from benchmarks.shapes import ROWS, Shape
 from gpubn.testing import reference
 
 
-def cases(device: Device, shapes: tuple[tuple[int, int], ...], dtype: str) -> Iterator[Case]:
-    rng = np.random.default_rng(0)
-    for shape in shapes:
-        x, dout = (device.asarray(rng.standard_normal(shape).astype(dtype)) for _ in range(2))
-        gamma, beta = (device.asarray(rng.standard_normal(shape[1]).astype(dtype)) for _ in "gb")
-        out, cache = layernorm_forward(x, gamma, beta, {})
-        host = [np.asarray(to_host(array), np.float64) for array in (x, gamma, beta, dout)]
-        expected = reference.layernorm_forward(*host[:3], 1e-5)
-        np.testing.assert_allclose(to_host(out), expected, rtol=0, atol=1e-4)
-        dx = layernorm_backward(dout, cache)[0]
-        expected = reference.layernorm_backward(host[3], host[0], host[1], 1e-5)[0]
-        np.testing.assert_allclose(to_host(dx), expected, rtol=0, atol=1e-3 * abs(expected).max())
+def cases(setting: Setting) -> Iterator[Case]:
+    for shape in ROWS[setting.size]:
+        yield from layer(setting.dtype, shape).cases(setting)
 
-        yield Case(
-            "layernorm forward", shape, dtype, 2,
-            lambda x=x, g=gamma, b=beta: layernorm_forward(x, g, b, {}),
-        )  # fmt: skip
-        yield Case(
-            "layernorm backward", shape, dtype, 3,
-            lambda dout=dout, cache=cache: layernorm_backward(dout, cache),
-        )  # fmt: skip
+
+def layer(dtype: str, shape: Shape) -> Layer:
+    x, dout = draw(dtype, 0, shape, shape)
+    gamma, beta = parameters(dtype, 1, shape[1:], shape[1:])
+    return Layer(
+        op="layernorm",
+        layout="2-D",
+        name="layernorm",
+        inputs=(x, gamma, beta),
+        dout=dout,
+        arguments=({},),
+        gradients=("dx", "dgamma", "dbeta"),
+        passes=passes(2, 3),
+        peer=_peer,
+        check=against(
+            lambda: checks.by_sample(
+                x,
+                dout,
+                lambda x: reference.layernorm_forward(x, gamma, beta, checks.EPS),
+                lambda dout, x: reference.layernorm_backward(dout, x, gamma, checks.EPS),
+                ("dgamma", "dbeta"),
+            ),
+            dtype,
+        ),
+    )
+
+
+def _peer(torch: Torch) -> Callable[..., Any]:
+    functional = torch.module.nn.functional
+
+    def run(x: Any, gamma: Any, beta: Any) -> Any:
+        return functional.layer_norm(x, gamma.shape, gamma, beta, checks.EPS)
+
+    return run

@@ -1,162 +1,237 @@
-"""Timing: results are checked first, and the machine's own copy, timed in turns, sets the scale."""
+"""Timing: results are checked first, then the contestants take turns in an order that is shuffled.
+
+A turn is a rest, a warm-up, and runs for some milliseconds. The rest is for the others' threads:
+those of OpenMP and of a BLAS wait on their cores for more work, and would share them with whoever
+comes next.
+"""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import datetime
-import platform
-import statistics
-import subprocess
+import contextlib
+import gc
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-import gpubn
+from benchmarks.checks import Results, WrongResult
+from benchmarks.peers import Torch
+from benchmarks.shapes import Shape, Size
 from gpubn.backend import Device
 from gpubn.kernels.threads import get_num_threads
 
-SHAPES = (
-    *((32, 100), (128, 512), (1024, 512), (4096, 1024), (8192, 4096), (65536, 256), (262144, 64)),
-    *((131072, 3), (1000, 1023), (64, 65536)),
-)
-QUICK_SHAPES = ((128, 512), (1024, 512), (4096, 1024), (65536, 256))
+OURS = "gpubn"
+COPY = "copy"
+
+TURN = 0.010
+"""Seconds of timed runs in a turn; a longer run is timed once."""
+WARM_UP = 0.001
+"""Seconds of runs before the timed ones, at least one run."""
+REST = 0.012
+"""Seconds before a turn: an OpenMP's threads wait for about 10 ms."""
+BLAS_REST = 0.12
+"""Seconds before a turn that has matrix products: those of OpenBLAS wait for about 100 ms."""
+SAMPLE = 0.0005
+"""Seconds that one measurement on CUDA takes at the least, in as many calls as that needs."""
+ROUNDS = 5
+"""Turns of every contestant, at the least."""
+SECONDS: Mapping[Size, float] = {"full": 1.5, "quick": 0.4, "tiny": 0.0}
+"""For a case on the CPU, its checks and preparation not counted."""
+CUDA_SHARE = 1 / 3
+"""Of those seconds, for a case on CUDA, where nobody else runs."""
+WORTH_SPLITTING = 1 << 18
+"""Bytes below which a copy in several threads is not tried."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a whole run has in common."""
+
+    device: Device
+    dtype: str = "float32"
+    size: Size = "full"
+    reuse: bool = False
+    torch: Torch | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do what a case asks for.
+
+    ``prepare`` returns the function that is timed, ``results`` turns what that returns into float64
+    arrays, by name. Both run, and the timing happens, inside ``scope``.
+    """
+
+    name: str
+    prepare: Callable[[], Callable[[], Any]]
+    results: Callable[[Any], Results]
+    scope: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
 class Case:
-    """One function to time; ``passes`` are its reads and writes of an x-sized array."""
+    """One thing to time.
+
+    ``passes`` are the reads and writes of an array of ``nbytes`` that it must make at the least;
+    0 where there is no such array. ``check`` takes a contestant's name and results.
+    """
 
     op: str
-    shape: tuple[int, int]
+    direction: str
+    shape: Shape
+    layout: str
     dtype: str
+    nbytes: int
     passes: int
-    run: Callable[[], Any]
+    contestants: tuple[Contestant, ...]
+    check: Callable[[str, Results], None]
+    rest: float = REST
 
 
-@dataclass(frozen=True)
-class Row:
-    """One result: times in microseconds, bandwidth over the bytes that must move."""
+class Times(NamedTuple):
+    """Seconds of one run."""
 
-    op: str
-    rows: int
-    columns: int
-    dtype: str
-    median_us: float
-    p20_us: float
-    p80_us: float
-    gb_per_s: float
-    of_copy: float
+    median: float
+    p20: float
+    p80: float
+
+    @staticmethod
+    def of(samples: list[float]) -> Times:
+        p20, median, p80 = np.percentile(samples, [20, 50, 80])
+        return Times(float(median), float(p20), float(p80))
 
 
-def command_line(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """Return the flags that every benchmark has."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
-    parser.add_argument("--quick", action="store_true", help="shorter, and with fewer shapes")
-    parser.add_argument("--out", type=Path, help="CSV file to write")
-    return parser
+def measure(case: Case, device: Device, seconds: float, seed: int = 0) -> dict[str, Times]:
+    """Check and time a case's contestants, and a copy, for about ``seconds``; on CUDA for less.
+
+    A peer that fails or is wrong is left out, and a line says why.
+
+    Raises
+    ------
+    WrongResult
+        gpubn's is; nothing was timed.
+    """
+    runs = {}
+    for contestant in case.contestants:
+        try:
+            runs[contestant.name] = contestant.scope, _checked(case, contestant)
+        except Exception as error:  # a peer's own: of its compiler, its libraries, its device
+            if contestant.name == OURS:
+                raise
+            what = f"{case.op} {case.direction} {case.shape} {case.dtype}"
+            print(f"{contestant.name} is left out of {what}: {_first_line(error)}", flush=True)
+    if case.passes:
+        runs |= {name: (contextlib.nullcontext, run) for name, run in copies(device, case.nbytes)}
+
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(seed).shuffle
+    on_cpu = device.kind == "cpu"
+    rounds, end = 0, time.perf_counter() + seconds * (1 if on_cpu else CUDA_SHARE)
+    rest = case.rest if on_cpu and seconds else 0.0
+    with _no_garbage_collection():
+        while time.perf_counter() < end or rounds < ROUNDS:
+            shuffle(order)
+            for name in order:
+                scope, run = runs[name]
+                time.sleep(rest)
+                with scope():
+                    samples[name] += _turn(device, run, TURN if seconds else 0.0)
+            rounds += 1
+    times = {name: Times.of(values) for name, values in samples.items()}
+    fastest_copy = [times.pop(name) for name in list(times) if name.startswith(COPY)]
+    return times | ({COPY: min(fastest_copy)} if fastest_copy else {})
+
+
+def copies(device: Device, nbytes: int) -> list[tuple[str, Callable[[], Any]]]:
+    """Return the ways to copy so many bytes: by one thread, and where it may pay by several."""
+    xp = device.xp
+    source, target = xp.ones(nbytes, xp.uint8), xp.zeros(nbytes, xp.uint8)
+    ways: list[tuple[str, Callable[[], Any]]] = [(COPY, lambda: xp.copyto(target, source))]
+    threads = get_num_threads()
+    if device.kind == "cpu" and threads > 1 and nbytes >= WORTH_SPLITTING:
+        pool = ThreadPoolExecutor(threads - 1)
+        shares = list(
+            zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
+        )
+
+        def split() -> None:
+            others = [pool.submit(np.copyto, *share) for share in shares[1:]]
+            np.copyto(*shares[0])
+            for other in others:
+                other.result()
+
+        ways.append((f"{COPY} in threads", split))
+    return ways
 
 
 def time_once(device: Device, run: Callable[[], Any]) -> float:
     """Return the seconds of one run; on CUDA by events, from the first launch to the last end."""
+    return _timed(device, run, 1)
+
+
+def _checked(case: Case, contestant: Contestant) -> Callable[[], Any]:
+    """Return what is to be timed, once its results have been found right."""
+    with contestant.scope():
+        run = contestant.prepare()
+        results = contestant.results(run())
+    try:
+        case.check(contestant.name, results)
+    except WrongResult as wrong:
+        what = f"{case.op} {case.direction} {case.shape} {case.layout} {case.dtype}"
+        raise WrongResult(f"{contestant.name}, {what}: {wrong}") from None
+    return run
+
+
+def _turn(device: Device, run: Callable[[], Any], seconds: float) -> list[float]:
+    """Return the seconds of one run, measured several times."""
+    warm_up, runs, start = 0.0, 0, time.perf_counter()
+    while runs == 0 or warm_up < min(WARM_UP, seconds):
+        time_once(device, run)
+        runs, warm_up = runs + 1, time.perf_counter() - start
+    calls = 1
+    if device.kind == "cuda" and seconds:
+        calls = max(1, int(SAMPLE * runs / warm_up))
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while not samples or time.perf_counter() < end:
+        if device.kind == "cuda":
+            run()  # so that launches queue up behind it, and no sample begins on an idle device
+        samples.append(_timed(device, run, calls))
+    return samples
+
+
+def _timed(device: Device, run: Callable[[], Any], calls: int) -> float:
+    """Return the seconds of a run, as the mean of so many calls one after the other."""
     if device.kind == "cpu":
         start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
     cuda = device.xp.cuda
-    start, end = cuda.Event(), cuda.Event()
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(cuda.get_elapsed_time(start, end)) / 1e3
+    first, last = cuda.Event(), cuda.Event()
+    first.record()
+    for _ in range(calls):
+        run()
+    last.record()
+    last.synchronize()
+    return float(cuda.get_elapsed_time(first, last)) / 1e3 / calls
 
 
-def measure(device: Device, cases: Iterable[Case], seconds: float) -> Iterator[Row]:
-    """Time each case for about ``seconds``, in turns with a copy of an array of its size."""
-    for case in cases:
-        x = device.xp.ones(case.shape, case.dtype)
-        target = device.xp.empty_like(x)
-
-        def copy(target: Any = target, x: Any = x) -> None:
-            target[...] = x
-
-        for warm_up in (case.run, copy) * 3:
-            time_once(device, warm_up)
-        times, copies, end = [], [], time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times) < 5:
-            times.append(time_once(device, case.run))
-            copies.append(time_once(device, copy))
-        median = statistics.median(times)
-        p20, p80 = np.percentile(times, [20, 80])
-        needed = case.passes * x.nbytes
-        copy_speed = 2 * x.nbytes / statistics.median(copies)
-        yield Row(
-            case.op,
-            *case.shape,
-            case.dtype,
-            round(median * 1e6, 2),
-            round(float(p20) * 1e6, 2),
-            round(float(p80) * 1e6, 2),
-            round(needed / median / 1e9, 2),
-            round(needed / median / copy_speed, 3),
-        )
-
-
-def environment(device: Device) -> dict[str, str]:
-    """Describe what is measured on, and print it."""
-    import numba
-
-    facts = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "gpubn": gpubn.__version__,
-        "commit": _output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        "device": device.name,
-        "cpu": _cpu_name(),
-        "threads": str(get_num_threads()),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-    }
-    if device.kind == "cuda":
-        runtime = device.xp.cuda.runtime
-        facts["gpu"] = runtime.getDeviceProperties(device.index)["name"].decode()
-        facts["cupy"] = device.xp.__version__
-        facts["driver"] = str(runtime.driverGetVersion())
-    for name, value in facts.items():
-        print(f"{name}: {value}", flush=True)
-    return facts
-
-
-def write_csv(path: Path, rows: Sequence[Any], facts: dict[str, str]) -> None:
-    """Write rows under comment lines that say what they were measured on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
-        writer = csv.DictWriter(file, [*asdict(rows[0])])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    print(f"written to {path}")
-
-
-def _output(*command: str) -> str:
+@contextlib.contextmanager
+def _no_garbage_collection() -> Any:
+    """Keep Python's search for cycles out of the times."""
+    gc.collect()
+    gc.disable()
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+        yield
+    finally:
+        gc.enable()
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, WrongResult) else f"{type(error).__name__}: {lines[0]}"

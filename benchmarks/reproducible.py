@@ -9,13 +9,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 import gpubn
-from benchmarks.harness import command_line, environment, time_once, write_csv
+from benchmarks.environment import command_line, environment
+from benchmarks.harness import time_once
+from benchmarks.report import Table
 from gpubn.backend import Device, to_host
 from gpubn.kernels import for_array
 
@@ -123,23 +125,22 @@ def measure(device: Device, comparison: Comparison, seconds: float) -> Row:
 
 
 def main() -> None:
-    options = command_line("python -m benchmarks.reproducible", __doc__).parse_args()
+    parser = command_line("python -m benchmarks.reproducible", __doc__, ("float32", "float64"))
+    options = parser.parse_args()
 
     with gpubn.use(options.device) as device:
         facts = environment(device)
         print(f"{'what':<16} {'shape':<30} {'default µs':>11} {'reprod. µs':>11} {'ratio':>6}")
-        rows = []
-        for comparisons in (steps(device, options.dtype), products(device, options.dtype)):
-            for comparison in comparisons:
-                row = measure(device, comparison, 0.2 if options.quick else 2.0)
-                rows.append(row)
-                print(
-                    f"{row.what:<16} {row.shape:<30} {row.default_us:>11.1f} "
-                    f"{row.reproducible_us:>11.1f} {row.ratio:>6.2f}",
-                    flush=True,
-                )
-    if options.out:
-        write_csv(options.out, rows, facts)
+        with Table(options.out, facts, [field.name for field in fields(Row)]) as table:
+            for comparisons in (steps(device, options.dtype), products(device, options.dtype)):
+                for comparison in comparisons:
+                    row = measure(device, comparison, 0.2 if options.quick else 2.0)
+                    table.write(asdict(row))
+                    print(
+                        f"{row.what:<16} {row.shape:<30} {row.default_us:>11.1f} "
+                        f"{row.reproducible_us:>11.1f} {row.ratio:>6.2f}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What one order of summing for every layout costs on a CPU: ``python -m benchmarks.sample_order``.
 
 The moments of channels first, along the tree that channels last has too, beside those along a tree
-that suits vectors and would differ between layouts: value i in lane i % 128, lanes halved at the
-end. Times are of the process on one thread, the least of several; the share is that of the
-difference in a whole forward pass.
+that suits vectors and would differ between layouts: value i in lane i % 128 of its 1024, lanes
+halved at the end. Times are of the process on one thread, the least of several; the share is that
+of the difference in a whole forward pass.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import numba
 import numpy as np
 
-from gpubn.kernels import planes_numba
+from gpubn.kernels import for_array
 from gpubn.kernels.compile_numba import OPTIONS
-from gpubn.kernels.planes_numba import SAMPLES, _fold_moments, _push_moments, gather, workspace
 from gpubn.kernels.threads import set_num_threads
 from gpubn.layers import batchnorm_forward
+
+SAMPLES = 1024  # of a buffer of the other tree
 
 # (N, C, S), where N * S is a whole number of buffers: the other tree has no rests.
 SHAPES = ((32, 64, 112 * 112), (32, 256, 56 * 56), (64, 256, 28 * 28), (1024, 64, 7 * 7))
@@ -54,16 +55,29 @@ def _lane_moments(d: Any, work: Any) -> Any:
 
 
 @numba.njit(**OPTIONS)
-def _moments_by_lane(x: Any, shift: Any, parts: Any) -> None:
-    work, d = workspace(parts), np.empty(SAMPLES, parts.dtype)
-    full = x.shape[1] * x.shape[3] // SAMPLES
-    for c in range(x.shape[2]):
-        for i in range(full):
-            gather(x, c, i * SAMPLES, shift[c], d)
+def _moments_by_lane(x: Any, shift: Any, means: Any, variances: Any) -> None:
+    """Write the moments of x (N, C, S) less the shift; buffers are merged one after the other."""
+    work, d = np.empty((4, SAMPLES // 8), x.dtype), np.empty(SAMPLES, x.dtype)
+    samples = x.shape[2]
+    for c in range(x.shape[1]):
+        n, s = 0, 0
+        for i in range(x.shape[0] * samples // SAMPLES):
+            at = 0
+            while at < SAMPLES:
+                run = min(samples - s, SAMPLES - at)
+                source, target = x[n, c, s : s + run], d[at : at + run]
+                for j in range(run):
+                    target[j] = source[j] - shift[c]
+                at, s = at + run, s + run
+                if s == samples:
+                    n, s = n + 1, 0
             mean, var = _lane_moments(d, work)
-            _push_moments(work[4], work[5], i, mean, var)
-        mean, var = _fold_moments(work[4], work[5], full, shift[c], shift[c], 0)
-        parts[0, 0, c], parts[1, 0, c] = mean, var
+            if i == 0:
+                means[c], variances[c] = mean, var
+            else:
+                share, delta = 1 / (i + 1), mean - means[c]
+                means[c] += delta * share
+                variances[c] += (var - variances[c]) * share + delta * delta * share * (1 - share)
 
 
 def least(run: Callable[[], Any], times: int = 15) -> float:
@@ -80,9 +94,10 @@ def measure(n: int, c: int, s: int) -> tuple[float, float, float]:
     """Return seconds of the moments in either order, and of a forward pass."""
     x = np.random.default_rng(0).standard_normal((n, c, s)).astype(np.float32)
     shift, gamma = np.zeros(c, np.float32), np.ones(c, np.float32)
-    one, other = np.empty((2, 2, 1, c), np.float32)
-    ours = least(lambda: planes_numba.moments(x[None], shift, one, n * s, 0, c))
-    lanes = least(lambda: _moments_by_lane(x[None], shift, other))
+    kernels, other = for_array("batchnorm", x), np.empty((2, c), np.float32)
+    one = kernels.moments(x[None], shift)
+    ours = least(lambda: kernels.moments(x[None], shift))
+    lanes = least(lambda: _moments_by_lane(x, shift, *other))
     np.testing.assert_allclose(one, other, atol=1e-4)
     return ours, lanes, least(lambda: batchnorm_forward(x, gamma, gamma, {"mode": "train"}))
 

@@ -14,6 +14,7 @@ from gpubn.backend import Device, DeviceError, current, namespace, use
 
 if TYPE_CHECKING:
     from gpubn import layers, nn, testing, train
+    from gpubn.kernels.memory import release_memory
     from gpubn.train import FullyConnectedNet, Solver
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "layers",
     "namespace",
     "nn",
+    "release_memory",
     "testing",
     "train",
     "use",
@@ -34,7 +36,11 @@ __all__ = [
 
 # Loaded when first asked for, so that `import gpubn` stays quick.
 _LAZY_MODULES = ("layers", "nn", "testing", "train")
-_LAZY_NAMES = {"FullyConnectedNet": "gpubn.train", "Solver": "gpubn.train"}
+_LAZY_NAMES = {
+    "FullyConnectedNet": "gpubn.train",
+    "Solver": "gpubn.train",
+    "release_memory": "gpubn.kernels.memory",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -229,6 +229,7 @@ def _conclude(run: runs.Run, signum: int | None) -> int:
             f"stopped in epoch {run.solver.epoch + 1} of {run.config.epochs}, after iteration "
             f"{run.solver.iteration}; all is saved. To go on:\n  {_resume_command(run)}"
         )
+        _say(f"peak memory {run.peak_memory}")
         return 128 + (signum or signal.SIGINT)
     best = f"validation accuracy {run.solver.best_val_acc:.2%} (best, epoch {run.best_epoch})"
     if run.test is None:
@@ -237,6 +238,7 @@ def _conclude(run: runs.Run, signum: int | None) -> int:
         _say(f"{best}\ntest accuracy {run.test.accuracy:.2%} on {run.test.count:,} images")
     if run.net.reproducible:
         _say(f"weights SHA-256 {run.net.sha256()}")
+    _say(f"peak memory {run.peak_memory}")
     _say(f"wrote {', '.join(runs.FILES)}\n  to {run.folder}; see gpubn evaluate {run.folder}")
     return 0
 
@@ -262,6 +264,8 @@ class _Progress(runs.Watcher):
             f"{len(data.X_val):,} for validation, {tests}"
         )
         _say(f"network  {_network(run)}")
+        if solver.placement:
+            _say(f"batches  {solver.placement}")
         _say(f"run      {run.folder}")
         if solver.iteration == solver.num_iterations:
             _say(f"the run has finished its {run.config.epochs} epochs; its files are written anew")
@@ -305,7 +309,7 @@ class _Progress(runs.Watcher):
     def epoch(self, run: runs.Run) -> None:
         if _terminal():
             return
-        epoch, iteration, _, loss, train, val, seconds = run.metrics()[-1]
+        epoch, iteration, _, loss, train, val, seconds, _ = run.metrics()[-1]
         width = len(str(run.config.epochs))
         line = (
             f"epoch {epoch:{width}}/{run.config.epochs}  loss {loss:.4f}  "

@@ -136,6 +136,44 @@ _relu_dx_fixed = Elementwise(
 )
 
 
+def train(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    eps: float,
+    momentum: float,
+    correction: float = 1.0,
+    residual: Array | None = None,
+    relu: bool = False,
+    out: Array | None = None,
+) -> tuple[Array, Statistics, Array, Array]:
+    """Return out, the statistics of ``x (1, B, C, S)``, and the next running mean and variance.
+
+    What ``shift``, ``moments``, ``statistics``, ``running_update`` and ``normalize`` give one after
+    the other.
+    """
+    k = shift(x)
+    mean, var = moments(x, k)
+    invstd, scale = statistics(var, gamma, eps)
+    running = running_update(running_mean, running_var, k, mean, var, momentum, correction)
+    found = Statistics(k, mean, invstd, scale, beta)
+    return normalize(x, found, residual, relu, out), found, *running
+
+
+def backward(
+    dout: Array, x: Array, statistics: Statistics, relu: bool = False, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Return dx, to ``out`` if given, dgamma and dbeta, through the statistics of ``x``.
+
+    What ``backward_sums``, ``gradients`` and ``backward_dx`` give one after the other.
+    """
+    dgamma, dbeta = backward_sums(dout, x, statistics, relu)
+    sums = gradients(statistics.scale, dgamma, dbeta, x.shape[1] * x.shape[3])
+    return backward_dx(dout, x, statistics, sums, relu, out), dgamma, dbeta
+
+
 def shift(x: Array) -> Array:
     """Return K ``(I * C,)``: of every channel, the middle one of three of its samples.
 
@@ -202,14 +240,18 @@ def running_update(
 
 
 def normalize(
-    x: Array, statistics: Statistics, residual: Array | None = None, relu: bool = False
+    x: Array,
+    statistics: Statistics,
+    residual: Array | None = None,
+    relu: bool = False,
+    out: Array | None = None,
 ) -> Array:
-    """Return ``((x - shift) - mean) * scale + beta``, of x's shape.
+    """Return ``((x - shift) - mean) * scale + beta``, of x's shape, to ``out`` if given.
 
     With ``relu`` that of ReLU after it; with a ``residual``, of ReLU after their sum.
     """
     shift, mean, _, scale, beta = contiguous(*statistics)
-    out = cupy.empty(x.shape, x.dtype)
+    out = cupy.empty(x.shape, x.dtype) if out is None else out
     (x,) = contiguous(x)
     channels = (shift, mean, scale, beta, *_place(x))
     if residual is not None:
@@ -252,11 +294,16 @@ def gradients(scale: Array, dgamma: Array, dbeta: Array, samples: int) -> Gradie
 
 
 def backward_dx(
-    dout: Array, x: Array, statistics: Statistics, gradients: Gradients, relu: bool = False
+    dout: Array,
+    x: Array,
+    statistics: Statistics,
+    gradients: Gradients,
+    relu: bool = False,
+    out: Array | None = None,
 ) -> Array:
     """Return dx, of x's shape, from the sums' shares in it; ``relu`` as in ``backward_sums``."""
     shift, mean, invstd, scale, beta = contiguous(*statistics)
-    dx = cupy.empty(x.shape, x.dtype)
+    dx = cupy.empty(x.shape, x.dtype) if out is None else out
     dout, x, *sums = contiguous(dout, x, *gradients)
     if relu:
         _relu_dx(x.dtype, dout, x, shift, mean, invstd, scale, beta, *sums, *_place(x), dx)
@@ -265,10 +312,12 @@ def backward_dx(
     return dx
 
 
-def backward_dx_fixed(dout: Array, x: Array, statistics: Statistics, relu: bool = False) -> Array:
+def backward_dx_fixed(
+    dout: Array, x: Array, statistics: Statistics, relu: bool = False, out: Array | None = None
+) -> Array:
     """Return dx where the statistics were given, as in test mode: ``g * scale``."""
     shift, mean, _, scale, beta = contiguous(*statistics)
-    dx = cupy.empty(x.shape, x.dtype)
+    dx = cupy.empty(x.shape, x.dtype) if out is None else out
     dout, x = contiguous(dout, x)
     if relu:
         _relu_dx_fixed(x.dtype, dout, x, shift, mean, scale, beta, *_place(x), dx)

@@ -7,12 +7,114 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels import columns_numba, planes_numba
-from gpubn.kernels.columns_numba import relu_gradient
-from gpubn.kernels.compile_numba import compiled, plain
-from gpubn.kernels.real_numba import narrow, stored, widen
+from gpubn.kernels.columns_numba import gradients as column_gradients
+from gpubn.kernels.columns_numba import moments as column_moments
+from gpubn.kernels.columns_numba import row
+from gpubn.kernels.compile_numba import compiled, inlined, plain
+from gpubn.kernels.memory import empty
+from gpubn.kernels.planes_numba import (
+    buffers_of,
+    group_gradients,
+    group_moments,
+    group_of,
+    plane,
+    workspace,
+)
+from gpubn.kernels.real_numba import stored, widen
 from gpubn.kernels.samples_numba import merge_parts, reduce_channels
 from gpubn.kernels.statistics import Gradients, Statistics, accumulator
-from gpubn.kernels.threads import split
+from gpubn.kernels.threads import get_num_threads, pieces_of, split
+from gpubn.kernels.vectors_numba import (
+    fill,
+    lanes,
+    load,
+    load_part,
+    read,
+    relu_of,
+    rounded,
+    store,
+    store_part,
+    where_positive,
+)
+
+_CACHED = 1 << 22  # bytes of an array that is taken by one thread, all channels at once
+
+
+def train(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    running_mean: Array,
+    running_var: Array,
+    eps: float,
+    momentum: float,
+    correction: float = 1.0,
+    residual: Array | None = None,
+    relu: bool = False,
+    out: Array | None = None,
+) -> tuple[Array, Statistics, Array, Array]:
+    """Return out, the statistics of ``x (1, B, C, S)``, and the next running mean and variance.
+
+    What ``shift``, ``moments``, ``statistics``, ``running_update`` and ``normalize`` give one after
+    the other. A group of channels is read from memory once, where it fits in a cache.
+    """
+    kernel, units = _at_once(x, _train_columns, _train_planes)
+    if kernel is None:
+        k = shift(x)
+        mean, var = moments(x, k)
+        invstd, scale = statistics(var, gamma, eps)
+        running = running_update(running_mean, running_var, k, mean, var, momentum, correction)
+        found = Statistics(k, mean, invstd, scale, beta)
+        return normalize(x, found, residual, relu, out), found, *running
+    out = empty(x.shape, x.dtype) if out is None else out
+    channels = np.empty((7, x.shape[2]), accumulator(x))
+    real = channels.dtype.type
+    arguments = (
+        *(*stored(x), *plain(gamma, beta, running_mean, running_var)),
+        *(real(eps), real(momentum), real(1.0 - momentum), real(correction)),
+        *(None if residual is None else stored(residual)[0], relu or residual is not None),
+        *(*stored(out), channels),
+    )
+    split(lambda a, b: kernel(*arguments, a, b), units, x.size)
+    k, mean, _, invstd, scale, next_mean, next_var = channels
+    return out, Statistics(k, mean, invstd, scale, beta), next_mean, next_var
+
+
+def backward(
+    dout: Array, x: Array, statistics: Statistics, relu: bool = False, out: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Return dx, to ``out`` if given, dgamma and dbeta, through the statistics of ``x``.
+
+    What ``backward_sums``, ``gradients`` and ``backward_dx`` give one after the other; ``relu`` as
+    there. A group of channels is read from memory once, where it fits in a cache.
+    """
+    kernel, units = _at_once(x, _backward_columns, _backward_planes)
+    if kernel is None:
+        dgamma, dbeta = backward_sums(dout, x, statistics, relu)
+        sums = gradients(statistics.scale, dgamma, dbeta, x.shape[1] * x.shape[3])
+        return backward_dx(dout, x, statistics, sums, relu, out), dgamma, dbeta
+    dx = empty(x.shape, x.dtype) if out is None else out
+    channels = np.empty((4, x.shape[2]), accumulator(x))
+    found = plain(*statistics)
+    arguments = (*stored(dout, x), *found[:4], found[4] if relu else None, *stored(dx), channels)
+    split(lambda a, b: kernel(*arguments, a, b), units, x.size)
+    return dx, channels[0], channels[1]
+
+
+def _at_once(
+    x: Array, by_column: Callable[..., None], by_plane: Callable[..., None]
+) -> tuple[Callable[..., None] | None, int]:
+    """Return the kernel that takes channels from beginning to end, and its units of work.
+
+    No kernel where rows are to be split between threads, or channels are too few for them.
+    """
+    _, _, channels, inner = x.shape
+    pieces = pieces_of(x.size)
+    if inner > 1 and channels >= min(pieces, 2 * get_num_threads()):
+        return by_plane, channels
+    if inner == 1 and pieces == 1 and x.nbytes <= _CACHED:
+        return by_column, 1
+    return None, 0
 
 
 def shift(x: Array) -> Array:
@@ -21,7 +123,7 @@ def shift(x: Array) -> Array:
     They are the first, the central and the last one.
     """
     out = np.empty(x.shape[0] * x.shape[2], accumulator(x))
-    _shift(*stored(x), out)
+    _shift(*stored(x), out, 0, out.shape[0])
     return out
 
 
@@ -83,14 +185,18 @@ def running_update(
 
 
 def normalize(
-    x: Array, statistics: Statistics, residual: Array | None = None, relu: bool = False
+    x: Array,
+    statistics: Statistics,
+    residual: Array | None = None,
+    relu: bool = False,
+    out: Array | None = None,
 ) -> Array:
-    """Return ``((x - shift) - mean) * scale + beta``, of x's shape.
+    """Return ``((x - shift) - mean) * scale + beta``, of x's shape, to ``out`` if given.
 
     With ``relu`` that of ReLU after it; with a ``residual``, of ReLU after their sum.
     """
     shift, mean, _, scale, beta = plain(*statistics)
-    out = np.empty(x.shape, x.dtype)
+    out = empty(x.shape, x.dtype) if out is None else out
     added = None if residual is None else stored(residual)[0]
     relu = relu or residual is not None
     arguments = (*stored(x), shift, mean, scale, beta, added, relu, *stored(out))
@@ -119,7 +225,7 @@ def backward_sums_add_relu(
 ) -> tuple[Array, Array, Array]:
     """Return the sums of ``g * xhat`` and ``g``, and ``g``: ``dout`` where ``out > 0``, else 0."""
     shift, mean, invstd, *_ = plain(*statistics)
-    dresidual = np.empty(x.shape, x.dtype)
+    dresidual = empty(x.shape, x.dtype)
     arguments = (*stored(dout, x), shift, mean, invstd, None, None, *stored(out, dresidual))
     return (*_backward_sums(x, arguments), dresidual)
 
@@ -139,23 +245,35 @@ def gradients(scale: Array, dgamma: Array, dbeta: Array, samples: int) -> Gradie
 
 
 def backward_dx(
-    dout: Array, x: Array, statistics: Statistics, gradients: Gradients, relu: bool = False
+    dout: Array,
+    x: Array,
+    statistics: Statistics,
+    gradients: Gradients,
+    relu: bool = False,
+    out: Array | None = None,
 ) -> Array:
     """Return dx, of x's shape, from the sums' shares in it; ``relu`` as in ``backward_sums``."""
-    return _backward_dx(dout, x, statistics, plain(*gradients), relu)
+    return _backward_dx(dout, x, statistics, plain(*gradients), relu, out)
 
 
-def backward_dx_fixed(dout: Array, x: Array, statistics: Statistics, relu: bool = False) -> Array:
+def backward_dx_fixed(
+    dout: Array, x: Array, statistics: Statistics, relu: bool = False, out: Array | None = None
+) -> Array:
     """Return dx where the statistics were given, as in test mode: ``g * scale``."""
-    return _backward_dx(dout, x, statistics, (None, None), relu)
+    return _backward_dx(dout, x, statistics, (None, None), relu, out)
 
 
 def _backward_dx(
-    dout: Array, x: Array, statistics: Statistics, sums: tuple[Any, Any], relu: bool
+    dout: Array,
+    x: Array,
+    statistics: Statistics,
+    sums: tuple[Any, Any],
+    relu: bool,
+    out: Array | None,
 ) -> Array:
     channels = plain(*statistics)
     beta = channels[4] if relu else None
-    dx = np.empty(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype) if out is None else out
     arguments = (*stored(dout, x), *channels[:4], beta, *sums, *stored(dx))
     _elementwise(_dx, _dx_planes, x, arguments)
     return dx
@@ -176,18 +294,17 @@ def _elementwise(
 
 
 @compiled
-def _shift(x: Any, out: Any) -> None:
-    instances, batch, channels, inner = x.shape
+def _shift(x: Any, out: Any, first: int, last: int) -> None:
+    batch, channels, inner = x.shape[1:]
     central = batch * inner // 2
-    for instance in range(instances):
-        for j in range(channels):
-            a = widen(x[instance, 0, j, 0])
-            b = widen(x[instance, central // inner, j, central % inner])
-            c = widen(x[instance, batch - 1, j, inner - 1])
-            out[instance * channels + j] = middle(a, b, c)
+    for j in range(first, last):
+        instance, c = j // channels, j % channels
+        a = widen(x[instance, 0, c, 0])
+        b = widen(x[instance, central // inner, c, central % inner])
+        out[j] = middle(a, b, widen(x[instance, batch - 1, c, inner - 1]))
 
 
-@compiled
+@inlined
 def middle(a: Any, b: Any, c: Any) -> Any:
     """Return the middle one of three values, as in real.cuh."""
     if a > b:
@@ -238,6 +355,159 @@ def _gradients(scale: Any, dgamma: Any, dbeta: Any, count: Any, constant: Any, s
         slope[j] = scale[j] * (dgamma[j] / count)
 
 
+# --- Channels from beginning to end ---------------------------------------------------------------
+
+
+@compiled
+def _train_planes(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    running_mean: Any,
+    running_var: Any,
+    eps: Any,
+    momentum: Any,
+    complement: Any,
+    correction: Any,
+    residual: Any,
+    relu: bool,
+    out: Any,
+    channels: Any,
+    first: int,
+    last: int,
+) -> None:
+    """Normalize channels, whose statistics become columns of ``channels (7, C)``."""
+    batch, samples = x.shape[1], x.shape[1] * x.shape[3]
+    shift, mean, _, _, scale = channels[0], channels[1], channels[2], channels[3], channels[4]
+    group = min(group_of(x), last - first)
+    work, buffers = workspace(channels, group, samples), buffers_of(channels, group)
+    for a in range(first, last, group):
+        b = min(a + group, last)
+        _shift(x, shift, a, b)
+        group_moments(x, shift, a, b - a, 0, samples, work, buffers, channels[1:3])
+        _describe(
+            *(gamma, running_mean, running_var, eps, momentum, complement, correction),
+            *(channels, a, b),
+        )
+        for n in range(batch - 1, -1, -1):  # what was read last is in the nearest cache
+            for c in range(a, b):
+                at = plane(x, c, n)
+                _normalize_plane(x, (shift, mean, scale, beta), residual, relu, out, at, c)
+
+
+@compiled
+def _train_columns(
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    running_mean: Any,
+    running_var: Any,
+    eps: Any,
+    momentum: Any,
+    complement: Any,
+    correction: Any,
+    residual: Any,
+    relu: bool,
+    out: Any,
+    channels: Any,
+    first: int,
+    last: int,
+) -> None:
+    """Normalize all channels at once, as ``_train_planes`` some; there is one unit of work."""
+    batch, columns = x.shape[1:3]
+    shift, mean, scale = channels[0], channels[1], channels[4]
+    parts = channels[1:3].reshape(2, 1, columns)
+    _shift(x, shift, 0, columns)
+    column_moments(x, shift, parts, 8 * batch, 0, 1, 0, 1, 0, columns)
+    _describe(
+        *(gamma, running_mean, running_var, eps, momentum, complement, correction),
+        *(channels, 0, columns),
+    )
+    _normalize(x, shift, mean, scale, beta, residual, relu, out, 0, batch)
+
+
+@compiled
+def _describe(
+    gamma: Any,
+    running_mean: Any,
+    running_var: Any,
+    eps: Any,
+    momentum: Any,
+    complement: Any,
+    correction: Any,
+    channels: Any,
+    a: int,
+    b: int,
+) -> None:
+    """Complete columns a to b of ``channels``: after shift, mean and var all the rest."""
+    part = channels[:, a:b]
+    shift, mean, var, invstd, scale = part[0], part[1], part[2], part[3], part[4]
+    _statistics(var, gamma[a:b], eps, invstd, scale)
+    _running_update(
+        *(running_mean[a:b], running_var[a:b], shift, mean, var),
+        *(momentum, complement, correction, part[5], part[6]),
+    )
+
+
+@compiled
+def _backward_planes(
+    dout: Any,
+    x: Any,
+    shift: Any,
+    mean: Any,
+    invstd: Any,
+    scale: Any,
+    beta: Any,
+    dx: Any,
+    channels: Any,
+    first: int,
+    last: int,
+) -> None:
+    """Write dx of channels, and dgamma and dbeta to the first rows of ``channels (4, C)``."""
+    batch, samples = x.shape[1], x.shape[1] * x.shape[3]
+    group = max(1, min(group_of(x) // 2, last - first))
+    work, buffers = workspace(channels, 2 * group, samples), buffers_of(channels, 2 * group)
+    dgamma, dbeta, constant, slope = channels[0], channels[1], channels[2], channels[3]
+    count = channels.dtype.type(samples)
+    for a in range(first, last, group):
+        b = min(a + group, last)
+        group_gradients(
+            *(dout, x, (shift, mean, invstd), scale, beta, None, None),
+            *(a, b - a, 0, samples, work, buffers, channels[:2]),
+        )
+        _gradients(scale[a:b], dgamma[a:b], dbeta[a:b], count, constant[a:b], slope[a:b])
+        for n in range(batch - 1, -1, -1):
+            for c in range(a, b):
+                at = plane(x, c, n)
+                _dx_plane(dout, x, (shift, mean, invstd, scale), beta, constant, slope, dx, at, c)
+
+
+@compiled
+def _backward_columns(
+    dout: Any,
+    x: Any,
+    shift: Any,
+    mean: Any,
+    invstd: Any,
+    scale: Any,
+    beta: Any,
+    dx: Any,
+    channels: Any,
+    first: int,
+    last: int,
+) -> None:
+    """Write all of dx, and dgamma and dbeta as in ``_backward_planes``; one unit of work."""
+    batch, columns = x.shape[1:3]
+    parts = channels[:2].reshape(2, 1, columns)
+    dgamma, dbeta, constant, slope = channels[0], channels[1], channels[2], channels[3]
+    column_gradients(
+        *(dout, x, shift, mean, invstd, scale, beta, None, None, parts, 8 * batch),
+        *(0, 1, 0, 1, 0, columns),
+    )
+    _gradients(scale, dgamma, dbeta, channels.dtype.type(batch), constant, slope)
+    _dx(dout, x, shift, mean, invstd, scale, beta, constant, slope, dx, 0, batch)
+
+
 # --- Elementwise: rows of channels, or of a channel's samples -------------------------------------
 
 
@@ -255,25 +525,59 @@ def _normalize(
     last: int,
 ) -> None:
     batch, channels = x.shape[1:3]
-    zero = shift.dtype.type(0)
-    for row in range(first, last):
-        instance, n = row // batch, row % batch
-        a, b = instance * channels, (instance + 1) * channels
-        xr, y = x[instance, n].reshape(channels), out[instance, n].reshape(channels)
-        k, m, s, t = shift[a:b], mean[a:b], scale[a:b], beta[a:b]
-        if residual is not None:
-            z = residual[instance, n].reshape(channels)
-            for j in range(channels):
-                v = widen(narrow(((widen(xr[j]) - k[j]) - m[j]) * s[j] + t[j], y))
-                v = widen(narrow(v + widen(z[j]), y))
-                y[j] = narrow(v if v > zero or v != v else zero, y)  # a NaN stays one
-        elif relu:
-            for j in range(channels):
-                v = ((widen(xr[j]) - k[j]) - m[j]) * s[j] + t[j]
-                y[j] = narrow(v if v > zero or v != v else zero, y)
-        else:
-            for j in range(channels):
-                y[j] = narrow(((widen(xr[j]) - k[j]) - m[j]) * s[j] + t[j], y)
+    statistics = shift, mean, scale, beta
+    for r in range(first, last):
+        _normalize_row(x, statistics, residual, relu, out, r // batch, r % batch, 0, channels)
+
+
+@compiled
+def _normalize_row(
+    x: Any,
+    statistics: Any,
+    residual: Any,
+    relu: bool,
+    out: Any,
+    instance: int,
+    n: int,
+    a: int,
+    b: int,
+) -> None:
+    """Normalize columns a to b of a row of channels."""
+    w, part = lanes(out), (b - a) % lanes(out)
+    first, channel = row(x, instance, n), instance * x.shape[2]
+    for j in range(a, b - w + 1, w):
+        v = _normalized(x, statistics, residual, relu, out, first + j, channel + j, None)
+        store(out, first + j, v)
+    if part:
+        j = b - part
+        v = _normalized(x, statistics, residual, relu, out, first + j, channel + j, part)
+        store_part(out, first + j, part, v)
+
+
+@inlined
+def _normalized(
+    x: Any,
+    statistics: Any,
+    residual: Any,
+    relu: bool,
+    out: Any,
+    i: int,
+    channel: int,
+    part: int | None,
+) -> Any:
+    """Return the outputs of elements from ``i`` on, of channels from ``channel`` on."""
+    shift, mean, scale, beta = statistics
+    d = (read(x, i, part) - read(shift, channel, part)) - read(mean, channel, part)
+    v = d * read(scale, channel, part) + read(beta, channel, part)
+    return _activated(v, residual, relu, out, i, part)
+
+
+@inlined
+def _activated(v: Any, residual: Any, relu: bool, out: Any, i: int, part: int | None) -> Any:
+    """Return normalized values after the residual and ReLU, if there are any."""
+    if residual is not None:
+        return relu_of(rounded(rounded(v, out) + read(residual, i, part), out))
+    return relu_of(v) if relu else v
 
 
 @compiled
@@ -290,25 +594,37 @@ def _normalize_planes(
     last: int,
 ) -> None:
     batch, channels, inner = x.shape[1:]
-    zero = shift.dtype.type(0)
-    for plane in range(first, last):
-        instance, n, c = plane // channels // batch, plane // channels % batch, plane % channels
-        j = instance * channels + c
-        xs, y = x[instance, n, c], out[instance, n, c]
-        k, m, s, t = shift[j], mean[j], scale[j], beta[j]
-        if residual is not None:
-            z = residual[instance, n, c]
-            for i in range(inner):
-                v = widen(narrow(((widen(xs[i]) - k) - m) * s + t, y))
-                v = widen(narrow(v + widen(z[i]), y))
-                y[i] = narrow(v if v > zero or v != v else zero, y)  # a NaN stays one
-        elif relu:
-            for i in range(inner):
-                v = ((widen(xs[i]) - k) - m) * s + t
-                y[i] = narrow(v if v > zero or v != v else zero, y)
-        else:
-            for i in range(inner):
-                y[i] = narrow(((widen(xs[i]) - k) - m) * s + t, y)
+    statistics = shift, mean, scale, beta
+    n, c = first // channels, first % channels
+    for i in range(first, last):
+        channel = n // batch * channels + c
+        _normalize_plane(x, statistics, residual, relu, out, i * inner, channel)
+        c += 1
+        if c == channels:
+            n, c = n + 1, 0
+
+
+@inlined
+def _normalize_plane(
+    x: Any, statistics: Any, residual: Any, relu: bool, out: Any, first: int, channel: int
+) -> None:
+    """Normalize a channel's neighbouring samples, the elements from ``first`` on."""
+    shift, mean, scale, beta = statistics
+    k, m, s, t = (
+        fill(shift[channel]),
+        fill(mean[channel]),
+        fill(scale[channel]),
+        fill(beta[channel]),
+    )
+    w, part = lanes(out), x.shape[3] % lanes(out)
+    last = first + x.shape[3]
+    for i in range(first, last - w + 1, w):
+        v = ((load(x, i) - k) - m) * s + t
+        store(out, i, _activated(v, residual, relu, out, i, None))
+    if part:
+        i = last - part
+        v = ((load_part(x, i, part) - k) - m) * s + t
+        store_part(out, i, part, _activated(v, residual, relu, out, i, part))
 
 
 @compiled
@@ -327,26 +643,67 @@ def _dx(
     last: int,
 ) -> None:
     batch, channels = x.shape[1:3]
-    g = np.empty(channels, shift.dtype)
-    for row in range(first, last):
-        instance, n = row // batch, row % batch
-        a, b = instance * channels, (instance + 1) * channels
-        gr, xr = dout[instance, n].reshape(channels), x[instance, n].reshape(channels)
-        y = dx[instance, n].reshape(channels)
-        k, m, s, f = shift[a:b], mean[a:b], invstd[a:b], scale[a:b]
-        if beta is not None:
-            relu_gradient(gr, xr, k, m, f, beta[a:b], g)
-        else:
-            for j in range(channels):
-                g[j] = widen(gr[j])
-        if constant is not None:
-            p, q = constant[a:b], slope[a:b]
-            for j in range(channels):
-                xhat = ((widen(xr[j]) - k[j]) - m[j]) * s[j]
-                y[j] = narrow((f[j] * g[j] - p[j]) - xhat * q[j], y)
-        else:
-            for j in range(channels):
-                y[j] = narrow(g[j] * f[j], y)
+    statistics = shift, mean, invstd, scale
+    for r in range(first, last):
+        _dx_row(
+            *(dout, x, statistics, beta, constant, slope, dx),
+            *(r // batch, r % batch, 0, channels),
+        )
+
+
+@compiled
+def _dx_row(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    beta: Any,
+    constant: Any,
+    slope: Any,
+    dx: Any,
+    instance: int,
+    n: int,
+    a: int,
+    b: int,
+) -> None:
+    """Write columns a to b of a row of dx."""
+    w, part = lanes(dx), (b - a) % lanes(dx)
+    first, channel = row(x, instance, n), instance * x.shape[2]
+    for j in range(a, b - w + 1, w):
+        v = _dx_columns(
+            dout, x, statistics, beta, constant, slope, dx, first + j, channel + j, None
+        )
+        store(dx, first + j, v)
+    if part:
+        j = b - part
+        v = _dx_columns(
+            dout, x, statistics, beta, constant, slope, dx, first + j, channel + j, part
+        )
+        store_part(dx, first + j, part, v)
+
+
+@inlined
+def _dx_columns(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    beta: Any,
+    constant: Any,
+    slope: Any,
+    out: Any,
+    i: int,
+    c: int,
+    part: int | None,
+) -> Any:
+    """Return dx of elements from ``i`` on, of channels from ``c`` on."""
+    shift, mean, invstd, scale = statistics
+    g, f = read(dout, i, part), read(scale, c, part)
+    d = (read(x, i, part) - read(shift, c, part)) - read(mean, c, part)
+    if beta is not None:
+        g = where_positive(rounded(d * f + read(beta, c, part), out), g)
+    if constant is not None:
+        xhat = d * read(invstd, c, part)
+        return (f * g - read(constant, c, part)) - xhat * read(slope, c, part)
+    return g * f
 
 
 @compiled
@@ -365,18 +722,60 @@ def _dx_planes(
     last: int,
 ) -> None:
     batch, channels, inner = x.shape[1:]
-    zero = shift.dtype.type(0)
-    for plane in range(first, last):
-        instance, n, c = plane // channels // batch, plane // channels % batch, plane % channels
-        j = instance * channels + c
-        gs, xs, y = dout[instance, n, c], x[instance, n, c], dx[instance, n, c]
-        k, m, s, f = shift[j], mean[j], invstd[j], scale[j]
-        for i in range(inner):
-            g, d = widen(gs[i]), (widen(xs[i]) - k) - m
-            if beta is not None:
-                out = widen(narrow(d * f + beta[j], y))
-                g = g if out > zero else zero
-            if constant is not None:
-                y[i] = narrow((f * g - constant[j]) - (d * s) * slope[j], y)
-            else:
-                y[i] = narrow(g * f, y)
+    statistics = shift, mean, invstd, scale
+    n, c = first // channels, first % channels
+    for i in range(first, last):
+        channel = n // batch * channels + c
+        _dx_plane(dout, x, statistics, beta, constant, slope, dx, i * inner, channel)
+        c += 1
+        if c == channels:
+            n, c = n + 1, 0
+
+
+@inlined
+def _dx_plane(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    beta: Any,
+    constant: Any,
+    slope: Any,
+    dx: Any,
+    first: int,
+    channel: int,
+) -> None:
+    """Write dx of a channel's neighbouring samples, the elements from ``first`` on."""
+    w, part = lanes(dx), x.shape[3] % lanes(dx)
+    last = first + x.shape[3]
+    for i in range(first, last - w + 1, w):
+        v = _dx_samples(dout, x, statistics, beta, constant, slope, dx, i, channel, None)
+        store(dx, i, v)
+    if part:
+        i = last - part
+        v = _dx_samples(dout, x, statistics, beta, constant, slope, dx, i, channel, part)
+        store_part(dx, i, part, v)
+
+
+@inlined
+def _dx_samples(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    beta: Any,
+    constant: Any,
+    slope: Any,
+    out: Any,
+    i: int,
+    channel: int,
+    part: int | None,
+) -> Any:
+    """Return dx of a channel's elements from ``i`` on."""
+    shift, mean, invstd, scale = statistics
+    g, f = read(dout, i, part), fill(scale[channel])
+    d = (read(x, i, part) - fill(shift[channel])) - fill(mean[channel])
+    if beta is not None:
+        g = where_positive(rounded(d * f + fill(beta[channel]), out), g)
+    if constant is not None:
+        xhat = d * fill(invstd[channel])
+        return (f * g - fill(constant[channel])) - xhat * fill(slope[channel])
+    return g * f

@@ -1,63 +1,145 @@
 """The sample order where channels are neighbours: ``x (I, B, C, 1)``, rows of C channels.
 
-A task takes some instances, tiles of rows and columns. Within a tile it walks leaf by leaf and
-keeps a binary counter of finished subtrees: level l holds the node of 2^l leaves while bit l of the
-number of leaves is set. A node is an array ``(K, W)``: K values for each of W columns.
+A task takes some instances, tiles of rows and columns. Within a tile it walks leaf by leaf, a
+vector of columns at a time, and keeps a binary counter of finished subtrees: level l holds the node
+of 2^l leaves while bit l of the number of leaves is set. A node is an array ``(K, W)``: K values
+for each of W columns.
 """
 
 from typing import Any
 
 import numpy as np
 
-from gpubn.kernels.compile_numba import compiled
-from gpubn.kernels.real_numba import narrow, widen
+from gpubn.kernels.compile_numba import compiled, inlined
+from gpubn.kernels.planes_numba import leaf_moments, merged_equal
+from gpubn.kernels.vectors_numba import (
+    fill,
+    lanes,
+    load,
+    load_part,
+    mask,
+    read,
+    rounded,
+    store,
+    store_part,
+    touch,
+    where_positive,
+)
 
-BLOCK = 256  # columns walked together: the counter's levels stay in the first cache
+BLOCK = 4096  # columns walked together: long rows are read fastest, and a few must fit in a cache
+_SHORT = 2048  # bytes of a row of which a leaf of eight stays in the first cache
+
+
+# --- Rows ----------------------------------------------------------------------------------------
+
+
+@inlined
+def row(x: Any, instance: int, r: int) -> Any:
+    """Return the place of a row of ``x (I, B, C, 1)`` among all elements."""
+    return (instance * x.shape[1] + r) * x.shape[2]
+
+
+@inlined
+def _touch_rows(x: Any, instance: int, r: int, count: int, a: int, b: int) -> None:
+    """Touch columns a to b of some rows, if they are short: of long ones no more would stay."""
+    if (b - a) * x.itemsize <= _SHORT:
+        for i in range(r, r + count):
+            touch(x, row(x, instance, i) + a, b - a)
+
+
+@inlined
+def copy_row(x: Any, first: int, out: Any, at: int, count: int) -> None:
+    """Copy ``count`` elements of x, from ``first`` on, to those of ``out`` from ``at`` on."""
+    w, part = lanes(x), count % lanes(x)
+    for j in range(0, count - w + 1, w):
+        store(out, at + j, load(x, first + j))
+    if part:
+        j = count - part
+        store_part(out, at + j, part, load_part(x, first + j, part))
 
 
 # --- The binary counter --------------------------------------------------------------------------
 
 
 @compiled
-def levels_for(count: int) -> int:
-    """Return how many levels a counter needs to count to ``count``."""
-    levels = 1
-    while count:
-        count >>= 1
+def counter(like: Any, width: int, leaves: int, columns: int) -> Any:
+    """Return a counter of so many leaves, ``(levels, K, W)``, for K values of each column.
+
+    A node's rows are whole vectors; what lies behind the last column is of no account.
+    """
+    w, levels = lanes(like), 1
+    while leaves:
+        leaves >>= 1
         levels += 1
-    return levels
+    return np.empty((levels, width, (columns + w - 1) // w * w), like.dtype)
 
 
-@compiled
-def _add_to(node: Any, left: Any) -> None:
-    for k in range(node.shape[0]):
-        a, b = left[k], node[k]
-        for j in range(b.shape[0]):
-            b[j] = a[j] + b[j]
-
-
-@compiled
-def _push_sums(levels: Any, count: int, node: Any) -> None:
-    """Add a finished leaf to a counter that holds ``count``; ``node (K, W)`` is used up."""
-    level = 0
+@inlined
+def _push_sum(levels: Any, at: int, count: int, total: Any) -> None:
+    """Add a leaf's sums of the columns at ``at`` in a node to a counter that holds ``count``."""
+    step = levels.shape[1] * levels.shape[2]
     while count & 1:
-        _add_to(node, levels[level])
+        total = load(levels, at) + total
+        count >>= 1
+        at += step
+    store(levels, at, total)
+
+
+@compiled
+def fold_sums(levels: Any, count: int, node: Any, started: bool) -> None:
+    """Sum what a counter holds into ``node (K, W)``, which has a shorter leaf if ``started``."""
+    level, size = 0, node.size
+    while count:
+        if count & 1:
+            for j in range(0, size, lanes(node)):
+                left = load(levels, level * size + j)
+                store(node, j, left + load(node, j) if started else left)
+            started = True
         count >>= 1
         level += 1
-    levels[level] = node
+
+
+@inlined
+def _push_moments(levels: Any, at: int, count: int, node: Any, half: Any) -> None:
+    """Add a leaf's moments, a pair of vectors, as ``_push_sum`` adds its sums."""
+    padded = levels.shape[2]
+    while count & 1:
+        node = merged_equal((load(levels, at), load(levels, at + padded)), node, half)
+        count >>= 1
+        at += 2 * padded
+    store(levels, at, node[0])
+    store(levels, at + padded, node[1])
 
 
 @compiled
-def _fold_sums(levels: Any, count: int, node: Any, started: bool) -> None:
-    """Sum what a counter holds into ``node``, which has a last, shorter leaf if ``started``."""
+def fold_moments(levels: Any, count: int, unit: int, node: Any, rows: int) -> None:
+    """Merge what a counter holds, of ``unit`` rows a leaf, into ``node (2, W)``.
+
+    ``node`` has the last ``rows`` rows, perhaps none.
+    """
+    real, padded, half = node.dtype.type, node.shape[1], fill(node.dtype.type(0.5))
     level = 0
     while count:
         if count & 1:
-            if started:
-                _add_to(node, levels[level])
-            else:
-                node[:] = levels[level]
-                started = True
+            left_rows = unit << level
+            # Chan, Golub and LeVeque 1979, in means instead of sums. Equal halves need no division.
+            total = real(left_rows + rows)
+            u, t = fill(real(left_rows) / total), fill(real(rows) / total)
+            for j in range(0, padded, lanes(node)):
+                at = level * 2 * padded + j
+                a = load(levels, at), load(levels, at + padded)
+                b = load(node, j), load(node, padded + j)
+                if rows == 0:
+                    b = a
+                elif rows == left_rows:
+                    b = merged_equal(a, b, half)
+                else:
+                    delta = b[0] - a[0]
+                    v = (a[1] * u + b[1] * t) + (delta * u) * (delta * t)
+                    b = a[0] + delta * t, v
+                store(node, j, b[0])
+                store(node, padded + j, b[1])
+            rows += left_rows
         count >>= 1
         level += 1
 
@@ -66,131 +148,56 @@ def _fold_sums(levels: Any, count: int, node: Any, started: bool) -> None:
 def merge_sums(parts: Any, part_rows: int, rows: int, out: Any) -> None:
     """Merge the sums ``(K, P, C)`` of parts into ``out (K, C)``."""
     width, count, columns = parts.shape
-    levels = np.empty((levels_for(count), width, columns), parts.dtype)
-    node = np.empty((width, columns), parts.dtype)
-    for part in range(count):  # a shorter last part is a sum like any other
-        node[:] = parts[:, part]
-        _push_sums(levels, part, node)
-    _fold_sums(levels, count, out, False)
-
-
-@compiled
-def _merge_into(node: Any, rows: int, left: Any, left_rows: int) -> None:
-    """Let ``node`` become the merger of ``left`` and ``node``, a shorter or equal neighbour.
-
-    Chan, Golub and LeVeque 1979, in means instead of sums. Equal halves need no division.
-    """
-    real = node.dtype.type
-    left_mean, left_var, mean, var = left[0], left[1], node[0], node[1]
-    if rows == left_rows:
-        half = real(0.5)
-        for j in range(mean.shape[0]):
-            h = (left_mean[j] - mean[j]) * half
-            mean[j] = (left_mean[j] + mean[j]) * half
-            var[j] = (left_var[j] * half + var[j] * half) + h * h
-    else:
-        total = real(left_rows + rows)
-        u, w = real(left_rows) / total, real(rows) / total
-        for j in range(mean.shape[0]):
-            delta = mean[j] - left_mean[j]
-            mean[j] = left_mean[j] + delta * w
-            var[j] = (left_var[j] * u + var[j] * w) + (delta * u) * (delta * w)
-
-
-@compiled
-def _push_moments(levels: Any, count: int, unit: int, node: Any) -> None:
-    """Add a finished node of ``unit`` rows to a counter that holds ``count`` such nodes."""
-    level = 0
-    while count & 1:
-        _merge_into(node, unit << level, levels[level], unit << level)
-        count >>= 1
-        level += 1
-    levels[level] = node
-
-
-@compiled
-def _fold_moments(levels: Any, count: int, unit: int, node: Any, rows: int) -> None:
-    """Merge what a counter holds into ``node``, which has the last ``rows`` rows, perhaps none."""
-    level = 0
-    while count:
-        if count & 1:
-            if rows:
-                _merge_into(node, rows, levels[level], unit << level)
-            else:
-                node[:] = levels[level]
-            rows += unit << level
-        count >>= 1
-        level += 1
+    levels = counter(parts, 1, count, columns)
+    node, w = np.empty((1, levels.shape[2]), parts.dtype), lanes(parts)
+    for k in range(width):
+        for part in range(count):  # a shorter last part is a sum like any other
+            at = (k * count + part) * columns
+            for j in range(0, columns, w):
+                _push_sum(levels, j, part, load_part(parts, at + j, min(w, columns - j)))
+        fold_sums(levels, count, node, False)
+        copy_row(node, 0, out, k * columns, columns)
 
 
 @compiled
 def merge_moments(parts: Any, part_rows: int, rows: int, out: Any) -> None:
     """Merge the moments ``(2, P, C)`` of parts into ``out (2, C)``."""
-    columns = parts.shape[2]
+    count, columns = parts.shape[1:]
     full, rest = rows // part_rows, rows % part_rows
-    levels = np.empty((levels_for(full), 2, columns), parts.dtype)
-    for part in range(full):
-        out[:] = parts[:, part]
-        _push_moments(levels, part, part_rows, out)
-    if rest:
-        out[:] = parts[:, full]
-    _fold_moments(levels, full, part_rows, out, rest)
+    levels = counter(parts, 2, full, columns)
+    node, w, half = np.empty_like(levels[0]), lanes(parts), fill(parts.dtype.type(0.5))
+    for part in range(count):
+        mean, var = part * columns, (count + part) * columns
+        for j in range(0, columns, w):
+            n = min(w, columns - j)
+            moments = load_part(parts, mean + j, n), load_part(parts, var + j, n)
+            if part < full:
+                _push_moments(levels, j, part, moments, half)
+            else:
+                store(node, j, moments[0])
+                store(node, node.shape[1] + j, moments[1])
+    fold_moments(levels, full, part_rows, node, rest)
+    copy_row(node, 0, out, 0, columns)
+    copy_row(node, node.shape[1], out, columns, columns)
 
 
-@compiled
-def _sum8(v: Any, out: Any) -> None:
-    """Sum the eight rows of ``v (8, W)`` pairwise into ``out (W,)``."""
-    for j in range(out.shape[0]):
-        left = (v[0, j] + v[1, j]) + (v[2, j] + v[3, j])
-        out[j] = left + ((v[4, j] + v[5, j]) + (v[6, j] + v[7, j]))
+@inlined
+def sum8(v0: Any, v1: Any, v2: Any, v3: Any, v4: Any, v5: Any, v6: Any, v7: Any) -> Any:
+    """Return the sum of a leaf's eight rows."""
+    return ((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + v7))
 
 
-@compiled
-def _row(x: Any, instance: int, r: int) -> Any:
-    """Return a row ``(C,)`` of ``x (I, B, C, 1)``."""
-    return x[instance, r].reshape(x.shape[2])
+@inlined
+def _sum_rows(v: Any, first: int) -> Any:
+    """Return the sum of eight rows of a vector each, the elements of ``v`` from ``first`` on."""
+    w = lanes(v)
+    a, b = load(v, first), load(v, first + w)
+    c, d = load(v, first + 2 * w), load(v, first + 3 * w)
+    e, f = load(v, first + 4 * w), load(v, first + 5 * w)
+    return sum8(a, b, c, d, e, f, load(v, first + 6 * w), load(v, first + 7 * w))
 
 
 # --- Moments -------------------------------------------------------------------------------------
-
-
-@compiled
-def _moments_leaf(x: Any, shift: Any, r: int, a: int, b: int, node: Any) -> None:
-    eighth = node.dtype.type(0.125)  # a power of two: multiplying is dividing by 8, and exact
-    x0, x1, x2, x3 = x[r, a:b], x[r + 1, a:b], x[r + 2, a:b], x[r + 3, a:b]
-    x4, x5, x6, x7 = x[r + 4, a:b], x[r + 5, a:b], x[r + 6, a:b], x[r + 7, a:b]
-    shift, mean, var = shift[a:b], node[0], node[1]
-    for j in range(b - a):
-        k = shift[j]
-        d0, d1, d2, d3 = widen(x0[j]) - k, widen(x1[j]) - k, widen(x2[j]) - k, widen(x3[j]) - k
-        d4, d5, d6, d7 = widen(x4[j]) - k, widen(x5[j]) - k, widen(x6[j]) - k, widen(x7[j]) - k
-        m = (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))) * eighth
-        e0, e1, e2, e3 = d0 - m, d1 - m, d2 - m, d3 - m
-        e4, e5, e6, e7 = d4 - m, d5 - m, d6 - m, d7 - m
-        # Divided before they are summed: eight squares overflow where their mean does not.
-        s0, s1, s2, s3 = e0 * eighth * e0, e1 * eighth * e1, e2 * eighth * e2, e3 * eighth * e3
-        s4, s5, s6, s7 = e4 * eighth * e4, e5 * eighth * e5, e6 * eighth * e6, e7 * eighth * e7
-        mean[j] = m
-        var[j] = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
-
-
-@compiled
-def _moments_short_leaf(x: Any, shift: Any, r: int, rows: int, a: int, b: int, node: Any) -> None:
-    count, eighth = node.dtype.type(rows), node.dtype.type(0.125)
-    v = np.zeros((8, b - a), node.dtype)  # rows beyond the last one add +0
-    for i in range(rows):
-        for j in range(b - a):
-            v[i, j] = widen(x[r + i, a + j]) - shift[a + j]
-    _sum8(v, node[0])
-    for j in range(b - a):
-        node[0, j] /= count
-    for i in range(rows):
-        for j in range(b - a):
-            e = v[i, j] - node[0, j]
-            v[i, j] = e * eighth * e
-    _sum8(v, node[1])
-    for j in range(b - a):
-        node[1, j] /= count * eighth
 
 
 @compiled
@@ -207,26 +214,76 @@ def moments(
     last: int,
 ) -> None:
     """Write the moments of ``x (I, B, C, 1)`` after the shift to ``parts``, a tile each."""
-    columns = x.shape[2]
     for instance in range(first_instance, last_instance):
-        xi, base = x[instance].reshape(x.shape[1], columns), instance * columns
-        k = shift[base : base + columns]
         for tile in range(first_tile, last_tile):
             start = tile * tile_rows
-            rows = min(tile_rows, xi.shape[0] - start)
+            rows = min(tile_rows, x.shape[1] - start)
             leaves, rest = rows // 8, rows % 8
             for a in range(first, last, BLOCK):
                 b = min(a + BLOCK, last)
-                levels = np.empty((levels_for(leaves), 2, b - a), parts.dtype)
-                node = np.empty((2, b - a), parts.dtype)
+                levels = counter(parts, 2, leaves, b - a)
+                node = np.empty_like(levels[0])
                 for leaf in range(leaves):
-                    _moments_leaf(xi, k, start + leaf * 8, a, b, node)
-                    _push_moments(levels, leaf, 8, node)
+                    _moments_leaf(x, shift, instance, start + leaf * 8, a, b, levels, leaf)
                 if rest:
-                    _moments_short_leaf(xi, k, start + leaves * 8, rest, a, b, node)
-                _fold_moments(levels, leaves, 8, node, rest)
-                parts[0, tile, base + a : base + b] = node[0]
-                parts[1, tile, base + a : base + b] = node[1]
+                    _moments_short_leaf(x, shift, instance, start + leaves * 8, rest, a, b, node)
+                fold_moments(levels, leaves, 8, node, rest)
+                put_parts(node, parts, tile, instance * x.shape[2] + a, b - a)
+
+
+@compiled
+def _moments_leaf(
+    x: Any, shift: Any, instance: int, r: int, a: int, b: int, levels: Any, count: int
+) -> None:
+    w, part = lanes(levels), (b - a) % lanes(levels)
+    _touch_rows(x, instance, r, 8, a, b)
+    for j in range(a, b - w + 1, w):
+        _moments_of_leaf(x, shift, instance, r, j, None, levels, j - a, count)
+    if part:
+        _moments_of_leaf(x, shift, instance, r, b - part, part, levels, b - part - a, count)
+
+
+@inlined
+def _moments_of_leaf(
+    x: Any,
+    shift: Any,
+    i: int,
+    r: int,
+    j: int,
+    part: int | None,
+    levels: Any,
+    place: int,
+    count: int,
+) -> None:
+    real = levels.dtype.type
+    step, at = x.shape[2], row(x, i, r) + j
+    k = read(shift, i * step + j, part)
+    d0, d1 = read(x, at, part) - k, read(x, at + step, part) - k
+    d2, d3 = read(x, at + 2 * step, part) - k, read(x, at + 3 * step, part) - k
+    d4, d5 = read(x, at + 4 * step, part) - k, read(x, at + 5 * step, part) - k
+    d6, d7 = read(x, at + 6 * step, part) - k, read(x, at + 7 * step, part) - k
+    node = leaf_moments((d0, d1, d2, d3, d4, d5, d6, d7), fill(real(0.125)))
+    _push_moments(levels, place, count, node, fill(real(0.5)))
+
+
+@compiled
+def _moments_short_leaf(
+    x: Any, shift: Any, instance: int, r: int, rows: int, a: int, b: int, node: Any
+) -> None:
+    w, real = lanes(node), node.dtype.type
+    count, eighth = fill(real(rows)), fill(real(0.125))
+    v = np.zeros((8, w), node.dtype)  # rows beyond the last one add +0
+    for j in range(a, b, w):
+        part = min(w, b - j)
+        k = read(shift, instance * x.shape[2] + j, part)
+        for i in range(rows):
+            store(v, i * w, read(x, row(x, instance, r + i) + j, part) - k)
+        mean = _sum_rows(v, 0) / count
+        for i in range(rows):
+            e = load(v, i * w) - mean
+            store(v, i * w, e * eighth * e)
+        store(node, j - a, mean)
+        store(node, node.shape[1] + j - a, _sum_rows(v, 0) / (count * eighth))
 
 
 # --- Sums ----------------------------------------------------------------------------------------
@@ -246,34 +303,31 @@ def sums(
     last: int,
 ) -> None:
     """Write the sums of ``x (I, B, C, 1)``, or of its squares, to ``parts``, a tile each."""
-    columns = x.shape[2]
+    columns, w = x.shape[2], lanes(parts)
+    v = np.empty((8, w), parts.dtype)
     for instance in range(first_instance, last_instance):
-        xi, base = x[instance].reshape(x.shape[1], columns), instance * columns
         for tile in range(first_tile, last_tile):
             start = tile * tile_rows
-            rows = min(tile_rows, xi.shape[0] - start)
+            rows = min(tile_rows, x.shape[1] - start)
             for a in range(first, last, BLOCK):
                 b = min(a + BLOCK, last)
-                levels = np.empty((levels_for(rows // 8), 1, b - a), parts.dtype)
-                node = np.empty((1, b - a), parts.dtype)
-                v = np.empty((8, b - a), parts.dtype)
+                levels = counter(parts, 1, rows // 8, b - a)
+                node = np.empty_like(levels[0])
                 for leaf in range((rows + 7) // 8):
-                    count = min(8, rows - leaf * 8)
-                    for i in range(count):
-                        _values(xi[start + leaf * 8 + i, a:b], square, v[i])
-                    v[count:] = 0  # rows beyond the last one add +0
-                    _sum8(v, node[0])
-                    if count == 8:
-                        _push_sums(levels, leaf, node)
-                _fold_sums(levels, rows // 8, node, rows % 8 > 0)
-                parts[0, tile, base + a : base + b] = node[0]
-
-
-@compiled
-def _values(x: Any, square: bool, out: Any) -> None:
-    for j in range(out.shape[0]):
-        value = widen(x[j])
-        out[j] = value * value if square else value
+                    count, r = min(8, rows - leaf * 8), start + leaf * 8
+                    for i in range(count, 8):
+                        store(v, i * w, fill(v.dtype.type(0)))  # rows beyond the last one add +0
+                    for j in range(a, b, w):
+                        for i in range(count):
+                            value = read(x, row(x, instance, r + i) + j, min(w, b - j))
+                            store(v, i * w, value * value if square else value)
+                        if count == 8:
+                            _push_sum(levels, j - a, leaf, _sum_rows(v, 0))
+                        else:
+                            store(node, j - a, _sum_rows(v, 0))
+                fold_sums(levels, rows // 8, node, rows % 8 > 0)
+                at = tile * parts.shape[2] + instance * columns + a
+                copy_row(node, 0, parts, at, b - a)
 
 
 # --- Gradients of gamma and beta -----------------------------------------------------------------
@@ -304,112 +358,143 @@ def gradients(
     ``g`` is dout; where ``out`` is given, 0 unless it is above 0, and written to ``dresidual``;
     where ``beta`` is, 0 unless the normalized value is above 0. Statistics are a channel's.
     """
-    columns = x.shape[2]
+    statistics = shift, mean, invstd
     for instance in range(first_instance, last_instance):
-        base = instance * columns
         for tile in range(first_tile, last_tile):
             start = tile * tile_rows
             rows = min(tile_rows, x.shape[1] - start)
             for a in range(first, last, BLOCK):
                 b = min(a + BLOCK, last)
-                levels = np.empty((levels_for(rows // 8), 2, b - a), parts.dtype)
-                node = np.empty((2, b - a), parts.dtype)
-                g = np.empty((8, b - a), parts.dtype)
-                h = np.empty((8, b - a), parts.dtype)
-                c, d = base + a, base + b
+                levels = counter(parts, 2, rows // 8, b - a)
+                node = np.empty_like(levels[0])
                 for leaf in range((rows + 7) // 8):
-                    count = min(8, rows - leaf * 8)
-                    for i in range(count):
-                        r = start + leaf * 8 + i
-                        gr, xr = _row(dout, instance, r)[a:b], _row(x, instance, r)[a:b]
-                        if out is not None:
-                            y, z = _row(out, instance, r)[a:b], _row(dresidual, instance, r)[a:b]
-                            _masked(gr, y, g[i], z)
-                        elif beta is not None:
-                            k, m = shift[c:d], mean[c:d]
-                            relu_gradient(gr, xr, k, m, scale[c:d], beta[c:d], g[i])
-                        else:
-                            _values(gr, False, g[i])
-                        _times_xhat(g[i], xr, shift[c:d], mean[c:d], invstd[c:d], h[i])
-                    g[count:] = 0  # rows beyond the last one add +0
-                    h[count:] = 0
-                    _sum8(h, node[0])
-                    _sum8(g, node[1])
-                    if count == 8:
-                        _push_sums(levels, leaf, node)
-                _fold_sums(levels, rows // 8, node, rows % 8 > 0)
-                parts[0, tile, c:d] = node[0]
-                parts[1, tile, c:d] = node[1]
+                    count, r = min(8, rows - leaf * 8), start + leaf * 8
+                    if out is not None:
+                        for i in range(r, r + count):
+                            mask(dout, out, dresidual, row(x, instance, i) + a, b - a)
+                        gradient_leaf(
+                            *(dresidual, x, statistics, None, None, None),
+                            *(instance, r, count, a, b, levels, leaf, node),
+                        )
+                    else:
+                        gradient_leaf(
+                            *(dout, x, statistics, scale, beta, None),
+                            *(instance, r, count, a, b, levels, leaf, node),
+                        )
+                fold_sums(levels, rows // 8, node, rows % 8 > 0)
+                put_parts(node, parts, tile, instance * x.shape[2] + a, b - a)
+
+
+@inlined
+def put_parts(node: Any, parts: Any, tile: int, column: int, count: int) -> None:
+    """Write the two values of a node's columns to ``parts (2, P, C)``."""
+    at = tile * parts.shape[2] + column
+    copy_row(node, 0, parts, at, count)
+    copy_row(node, node.shape[1], parts, at + parts.shape[1] * parts.shape[2], count)
 
 
 @compiled
-def _masked(dout: Any, out: Any, g: Any, dresidual: Any) -> None:
-    zero = g.dtype.type(0)
-    for j in range(g.shape[0]):
-        g[j] = widen(dout[j]) if widen(out[j]) > zero else zero
-        dresidual[j] = narrow(g[j], dresidual)
-
-
-@compiled
-def relu_gradient(dout: Any, x: Any, shift: Any, mean: Any, scale: Any, beta: Any, g: Any) -> None:
-    """Let ``g`` be dout where the normalized row, as it is stored, is above 0, and else 0."""
-    zero = g.dtype.type(0)
-    for j in range(g.shape[0]):
-        y = narrow(((widen(x[j]) - shift[j]) - mean[j]) * scale[j] + beta[j], x)
-        g[j] = widen(dout[j]) if widen(y) > zero else zero
-
-
-@compiled
-def _times_xhat(g: Any, x: Any, shift: Any, mean: Any, invstd: Any, h: Any) -> None:
-    for j in range(h.shape[0]):
-        h[j] = g[j] * (((widen(x[j]) - shift[j]) - mean[j]) * invstd[j])
-
-
-@compiled
-def row_gradients(
+def gradient_leaf(
     dout: Any,
     x: Any,
-    shift: Any,
-    mean: Any,
-    invstd: Any,
-    parts: Any,
-    tile_rows: int,
-    first_instance: int,
-    last_instance: int,
-    first_tile: int,
-    last_tile: int,
-    first: int,
-    last: int,
+    statistics: Any,
+    scale: Any,
+    beta: Any,
+    by_row: bool | None,
+    instance: int,
+    r: int,
+    count: int,
+    a: int,
+    b: int,
+    levels: Any,
+    leaf: int,
+    node: Any,
 ) -> None:
-    """Write the sums of ``dout * xhat`` and of dout to ``parts``; statistics are a row's."""
-    for tile in range(first_tile, last_tile):
-        start = tile * tile_rows
-        rows = min(tile_rows, x.shape[1] - start)
-        for a in range(first, last, BLOCK):
-            b = min(a + BLOCK, last)
-            levels = np.empty((levels_for(rows // 8), 2, b - a), parts.dtype)
-            node = np.empty((2, b - a), parts.dtype)
-            g = np.empty((8, b - a), parts.dtype)
-            h = np.empty((8, b - a), parts.dtype)
-            for leaf in range((rows + 7) // 8):
-                count = min(8, rows - leaf * 8)
-                for i in range(count):
-                    r = start + leaf * 8 + i
-                    _values(_row(dout, 0, r)[a:b], False, g[i])
-                    xr = _row(x, 0, r)[a:b]
-                    _times_row_xhat(g[i], xr, shift[r], mean[r], invstd[r], h[i])
-                g[count:] = 0  # rows beyond the last one add +0
-                h[count:] = 0
-                _sum8(h, node[0])
-                _sum8(g, node[1])
-                if count == 8:
-                    _push_sums(levels, leaf, node)
-            _fold_sums(levels, rows // 8, node, rows % 8 > 0)
-            parts[0, tile, a:b] = node[0]
-            parts[1, tile, a:b] = node[1]
+    """Sum ``g * xhat`` and ``g`` of columns a to b over ``count`` rows from ``r`` on.
+
+    Eight rows go to the counter, which has ``leaf`` leaves, fewer to ``node``. ``statistics`` are
+    shift, mean and invstd of channels; with ``by_row`` of x's rows. With scale and beta, ``g`` is 0
+    unless the normalized value is above 0.
+    """
+    w, part = lanes(node), (b - a) % lanes(node)
+    _touch_rows(x, instance, r, count, a, b)
+    _touch_rows(dout, instance, r, count, a, b)
+    if count == 8:
+        for j in range(a, b - w + 1, w):
+            _gradient_of_leaf(
+                *(dout, x, statistics, scale, beta, by_row, instance, r, j, None),
+                *(levels, j - a, leaf),
+            )
+        if part:
+            j = b - part
+            _gradient_of_leaf(
+                *(dout, x, statistics, scale, beta, by_row, instance, r, j, part),
+                *(levels, j - a, leaf),
+            )
+        return
+    g, h = np.zeros((8, w), node.dtype), np.zeros((8, w), node.dtype)  # beyond the last one add +0
+    for j in range(a, b, w):
+        for i in range(count):
+            hv, gv = _gradient(
+                *(dout, x, statistics, scale, beta, by_row, instance, r + i, j, min(w, b - j))
+            )
+            store(h, i * w, hv)
+            store(g, i * w, gv)
+        store(node, j - a, _sum_rows(h, 0))
+        store(node, node.shape[1] + j - a, _sum_rows(g, 0))
 
 
-@compiled
-def _times_row_xhat(g: Any, x: Any, shift: Any, mean: Any, invstd: Any, h: Any) -> None:
-    for j in range(h.shape[0]):
-        h[j] = g[j] * (((widen(x[j]) - shift) - mean) * invstd)
+@inlined
+def _gradient_of_leaf(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    scale: Any,
+    beta: Any,
+    by_row: bool | None,
+    i: int,
+    r: int,
+    j: int,
+    part: int | None,
+    levels: Any,
+    place: int,
+    count: int,
+) -> None:
+    h0, g0 = _gradient(dout, x, statistics, scale, beta, by_row, i, r, j, part)
+    h1, g1 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 1, j, part)
+    h2, g2 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 2, j, part)
+    h3, g3 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 3, j, part)
+    h4, g4 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 4, j, part)
+    h5, g5 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 5, j, part)
+    h6, g6 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 6, j, part)
+    h7, g7 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 7, j, part)
+    _push_sum(levels, place, count, sum8(h0, h1, h2, h3, h4, h5, h6, h7))
+    _push_sum(levels, levels.shape[2] + place, count, sum8(g0, g1, g2, g3, g4, g5, g6, g7))
+
+
+@inlined
+def _gradient(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    scale: Any,
+    beta: Any,
+    by_row: bool | None,
+    instance: int,
+    r: int,
+    j: int,
+    part: int | None,
+) -> Any:
+    """Return ``g * xhat`` and ``g`` of a row's columns from ``j`` on."""
+    shift, mean, invstd = statistics
+    at, c = row(x, instance, r) + j, instance * x.shape[2] + j
+    g = read(dout, at, part)
+    if by_row is None:
+        d = (read(x, at, part) - read(shift, c, part)) - read(mean, c, part)
+        xhat = d * read(invstd, c, part)
+    else:
+        d = (read(x, at, part) - fill(shift[r])) - fill(mean[r])
+        xhat = d * fill(invstd[r])
+    if beta is not None:
+        g = where_positive(rounded(d * read(scale, c, part) + read(beta, c, part), x), g)
+    return g * xhat, g

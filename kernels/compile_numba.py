@@ -33,6 +33,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], kernel)
 
 
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a part of kernels, which becomes one with each kernel that calls it."""
+    return cast(Callable[..., Any], numba.njit(forceinline=True, **OPTIONS)(function))
+
+
 @cache
 def _sources() -> str:
     folder = files("gpubn.kernels")

@@ -6,6 +6,7 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels.compile_numba import compiled
+from gpubn.kernels.memory import empty
 from gpubn.kernels.real_numba import narrow, stored, widen
 from gpubn.kernels.statistics import accumulator
 from gpubn.kernels.threads import split
@@ -18,7 +19,7 @@ def apply(x: Array, p: float, seed: int, stream: int, step: int) -> Array:
 
     The same call on ``dout`` is the backward pass.
     """
-    out = np.empty(x.shape, x.dtype)
+    out = empty(x.shape, x.dtype)
     threshold = np.uint64(round(p * 2**32))
     key = (np.uint64(seed), np.uint32(stream), np.uint32(step))
     flat = (array.reshape(-1) for array in stored(x, out))

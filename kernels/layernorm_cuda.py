@@ -11,11 +11,13 @@ from gpubn.kernels.statistics import accumulator
 _SOURCE = source("real", "samples", "layernorm")
 
 
-def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array, Array]:
+def forward(
+    x: Array, gamma: Array, beta: Array, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
     """Return out ``(N, D)`` and the rows' shift, mean and invstd, each ``(N,)``."""
     x, gamma, beta = contiguous(x, gamma, beta)
     rows, columns = x.shape
-    out = cupy.empty(x.shape, x.dtype)
+    out = cupy.empty(x.shape, x.dtype) if out is None else out
     shift, mean, invstd = (cupy.empty(rows, accumulator(x)) for _ in range(3))
     kernel(_SOURCE, "layernorm_forward", x.dtype)(
         (rows,),
@@ -25,25 +27,27 @@ def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Arr
     return out, shift, mean, invstd
 
 
-def backward_dx(
-    dout: Array, x: Array, gamma: Array, shift: Array, mean: Array, invstd: Array
-) -> Array:
-    """Return dx ``(N, D)``."""
+def backward(
+    dout: Array,
+    x: Array,
+    gamma: Array,
+    shift: Array,
+    mean: Array,
+    invstd: Array,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return dx ``(N, D)``, to ``out`` if given, dgamma and dbeta ``(D,)``.
+
+    These are the sums over rows of ``dout * xhat`` and of ``dout``.
+    """
     dout, x, gamma, shift, mean, invstd = contiguous(dout, x, gamma, shift, mean, invstd)
-    dx = cupy.empty(x.shape, x.dtype)
+    dx = cupy.empty(x.shape, x.dtype) if out is None else out
     kernel(_SOURCE, "layernorm_backward_dx", x.dtype)(
         (x.shape[0],),
         (THREADS,),
         (dout, x, gamma, shift, mean, invstd, dx, np.int64(x.shape[1])),
     )
-    return dx
-
-
-def backward_sums(
-    dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
-) -> tuple[Array, Array]:
-    """Return dgamma and dbeta ``(D,)``: the sums over rows of ``dout * xhat`` and of ``dout``."""
-    return row_gradients(dout, x, shift, mean, invstd)
+    return dx, *row_gradients(dout, x, shift, mean, invstd)
 
 
 def row_gradients(

@@ -5,52 +5,47 @@ from typing import Any
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels import columns_numba
 from gpubn.kernels.batchnorm_numba import middle
-from gpubn.kernels.compile_numba import compiled, plain
-from gpubn.kernels.planes_numba import row_moments, row_sum, workspace
-from gpubn.kernels.real_numba import narrow, stored, widen
-from gpubn.kernels.samples_numba import reduce_channels
+from gpubn.kernels.columns_numba import counter, fold_sums, gradient_leaf, put_parts
+from gpubn.kernels.compile_numba import compiled, inlined, plain
+from gpubn.kernels.memory import empty
+from gpubn.kernels.planes_numba import buffer_of, copy_less, row_moments, row_sum, workspace
+from gpubn.kernels.real_numba import stored, widen
+from gpubn.kernels.samples_numba import reduce_rows
 from gpubn.kernels.statistics import accumulator
 from gpubn.kernels.threads import split
+from gpubn.kernels.vectors_numba import fill, lanes, load, load_part, read, store, store_part
 
 
-def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array, Array]:
+def forward(
+    x: Array, gamma: Array, beta: Array, eps: float, out: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
     """Return out ``(N, D)`` and the rows' shift, mean and invstd, each ``(N,)``."""
     rows, real = x.shape[0], accumulator(x)
-    out = np.empty(x.shape, x.dtype)
-    shift, mean, invstd = (np.empty(rows, real) for _ in range(3))
+    out = empty(x.shape, x.dtype) if out is None else out
+    shift, mean, invstd = np.empty((3, rows), real)
     arguments = (*stored(x), *plain(gamma, beta), *stored(out), shift, mean, invstd, real.type(eps))
     split(lambda a, b: _forward(*arguments, a, b), rows, x.size)
     return out, shift, mean, invstd
 
 
-def backward_dx(
-    dout: Array, x: Array, gamma: Array, shift: Array, mean: Array, invstd: Array
-) -> Array:
-    """Return dx ``(N, D)``."""
-    dx = np.empty(x.shape, x.dtype)
+def backward(
+    dout: Array,
+    x: Array,
+    gamma: Array,
+    shift: Array,
+    mean: Array,
+    invstd: Array,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Return dx ``(N, D)``, to ``out`` if given, dgamma and dbeta ``(D,)``.
+
+    These are the sums over rows of ``dout * xhat`` and of ``dout``.
+    """
+    dx = empty(x.shape, x.dtype) if out is None else out
     arguments = (*stored(dout, x), *plain(gamma, shift, mean, invstd), *stored(dx))
-    split(lambda a, b: _backward_dx(*arguments, a, b), dx.shape[0], dx.size)
-    return dx
-
-
-def backward_sums(
-    dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
-) -> tuple[Array, Array]:
-    """Return dgamma and dbeta ``(D,)``: the sums over rows of ``dout * xhat`` and of ``dout``."""
-    return row_gradients(dout, x, *plain(shift, mean, invstd))
-
-
-def row_gradients(
-    dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
-) -> tuple[Array, Array]:
-    """Return the sums over rows of ``dout * xhat`` and ``dout``; for statistics of a row each."""
-    dout, x = (array[None, :, :, None] for array in (dout, x))
-    arguments = (*stored(dout, x), shift, mean, invstd)
-    kernels = (columns_numba.row_gradients, None)
-    dgamma, dbeta = reduce_channels(kernels, x, arguments, columns_numba.merge_sums, 2)
-    return dgamma, dbeta
+    dgamma, dbeta = reduce_rows(_backward, x, arguments)
+    return dx, dgamma, dbeta
 
 
 @compiled
@@ -67,21 +62,31 @@ def _forward(
     last: int,
 ) -> None:
     columns, one = x.shape[1], gamma.dtype.type(1)
-    work, d = workspace(gamma), np.empty(columns, gamma.dtype)
+    work, d = workspace(gamma, 1, columns), buffer_of(gamma, columns)
     for r in range(first, last):
         xr, y = x[r], out[r]
         k = middle(widen(xr[0]), widen(xr[columns // 2]), widen(xr[columns - 1]))
-        for j in range(columns):
-            d[j] = widen(xr[j]) - k
-        m, var = row_moments(d, work)
+        copy_less(x, r * columns, columns, fill(k), d, 0)
+        m, var = row_moments(d, columns, work)
         s = one / np.sqrt(var + eps)
-        for j in range(columns):
-            y[j] = narrow(((d[j] - m) * s) * gamma[j] + beta[j], y)
+        _normalize_row(d, fill(m), fill(s), gamma, beta, y)
         shift[r], mean[r], invstd[r] = k, m, s
 
 
+@inlined
+def _normalize_row(d: Any, m: Any, s: Any, gamma: Any, beta: Any, out: Any) -> None:
+    columns, w = out.shape[0], lanes(out)
+    for j in range(0, columns - w + 1, w):
+        store(out, j, ((load(d, j) - m) * s) * load(gamma, j) + load(beta, j))
+    c = columns % w
+    if c:
+        j = columns - c
+        value = ((load(d, j) - m) * s) * load_part(gamma, j, c) + load_part(beta, j, c)
+        store_part(out, j, c, value)
+
+
 @compiled
-def _backward_dx(
+def _backward(
     dout: Any,
     x: Any,
     gamma: Any,
@@ -89,21 +94,83 @@ def _backward_dx(
     mean: Any,
     invstd: Any,
     dx: Any,
+    parts: Any,
+    tile_rows: int,
     first: int,
     last: int,
 ) -> None:
-    columns = x.shape[1]
+    """Write dx of tiles of rows, and the tiles' sums to ``parts``: a row is read once."""
+    rows, columns = x.shape
+    dout4, x4 = dout.reshape(1, rows, columns, 1), x.reshape(1, rows, columns, 1)
+    statistics, work = (shift, mean, invstd), workspace(gamma, 1, columns)
+    g, gx, xhat = buffer_of(gamma, columns), buffer_of(gamma, columns), buffer_of(gamma, columns)
+    for tile in range(first, last):
+        start = tile * tile_rows
+        end = min(start + tile_rows, rows)
+        levels = counter(parts, 2, (end - start) // 8, columns)
+        node = np.empty_like(levels[0])
+        for r in range(start, end, 8):
+            count = min(8, end - r)
+            for i in range(r, r + count):
+                k, m, s = fill(shift[i]), fill(mean[i]), fill(invstd[i])
+                _dx_row(dout, x, i * columns, gamma, k, m, s, g, gx, xhat, work, dx)
+            gradient_leaf(
+                *(dout4, x4, statistics, None, None, True),
+                *(0, r, count, 0, columns, levels, (r - start) // 8, node),
+            )
+        fold_sums(levels, (end - start) // 8, node, end % 8 > 0)
+        put_parts(node, parts, tile, 0, columns)
+
+
+@compiled
+def _dx_row(
+    dout: Any,
+    x: Any,
+    first: int,
+    gamma: Any,
+    k: Any,
+    m: Any,
+    s: Any,
+    g: Any,
+    gx: Any,
+    xhat: Any,
+    work: Any,
+    dx: Any,
+) -> None:
+    """Write a row of dx, the elements from ``first`` on; ``g``, ``gx`` and ``xhat`` are buffers."""
+    columns, w, part = gamma.shape[0], lanes(gamma), gamma.shape[0] % lanes(gamma)
     count = gamma.dtype.type(columns)
-    work, rows = workspace(gamma), np.empty((3, columns), gamma.dtype)
-    g, gx, xhat = rows[0], rows[1], rows[2]
-    for r in range(first, last):
-        dr, xr, y = dout[r], x[r], dx[r]
-        k, m, s = shift[r], mean[r], invstd[r]
-        for j in range(columns):
-            g[j] = widen(dr[j]) * gamma[j]
-            xhat[j] = ((widen(xr[j]) - k) - m) * s
-            gx[j] = g[j] * xhat[j]
-        mean_g = row_sum(g, work) / count
-        mean_gx = row_sum(gx, work) / count
-        for j in range(columns):
-            y[j] = narrow(s * ((g[j] - mean_g) - xhat[j] * mean_gx), y)
+    for j in range(0, columns - w + 1, w):
+        _put_values(dout, x, first, gamma, k, m, s, j, None, g, gx, xhat)
+    if part:
+        _put_values(dout, x, first, gamma, k, m, s, columns - part, part, g, gx, xhat)
+    mean_g = fill(row_sum(g, columns, work) / count)
+    mean_gx = fill(row_sum(gx, columns, work) / count)
+    for j in range(0, columns - w + 1, w):
+        store(dx, first + j, s * ((load(g, j) - mean_g) - load(xhat, j) * mean_gx))
+    if part:
+        j = columns - part
+        value = s * ((load(g, j) - mean_g) - load(xhat, j) * mean_gx)
+        store_part(dx, first + j, part, value)
+
+
+@inlined
+def _put_values(
+    dout: Any,
+    x: Any,
+    first: int,
+    gamma: Any,
+    k: Any,
+    m: Any,
+    s: Any,
+    j: int,
+    part: int | None,
+    g: Any,
+    gx: Any,
+    xhat: Any,
+) -> None:
+    gv = read(dout, first + j, part) * read(gamma, j, part)
+    xv = ((read(x, first + j, part) - k) - m) * s
+    store(g, j, gv)
+    store(xhat, j, xv)
+    store(gx, j, gv * xv)

@@ -8,7 +8,7 @@ import numpy as np
 from gpubn.backend import Array
 from gpubn.kernels.compile_numba import compiled, plain
 from gpubn.kernels.elementary_numba import exp_of, log_of
-from gpubn.kernels.planes_numba import row_sum, workspace
+from gpubn.kernels.planes_numba import buffer_of, row_sum, workspace
 from gpubn.kernels.samples_numba import channel_sum
 from gpubn.kernels.threads import split
 
@@ -40,7 +40,7 @@ def _mean_loss(kernel: Callable[..., None], x: Array, y: Array) -> tuple[Array, 
 def _softmax_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> None:
     real = x.dtype.type
     columns, count = x.shape[1], real(x.shape[0])
-    work, e = workspace(x), np.empty(columns, x.dtype)
+    work, e = workspace(x, 1, columns), buffer_of(x, columns)
     for r in range(first, last):
         xr, dxr = x[r], dx[r]
         top = xr[0]
@@ -49,7 +49,7 @@ def _softmax_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -
                 top = xr[j]
         for j in range(columns):
             e[j] = exp_of(xr[j] - top)
-        total = row_sum(e, work)
+        total = row_sum(e, columns, work)
         losses[r] = log_of(total) - (xr[y[r]] - top)
         for j in range(columns):
             dxr[j] = (e[j] / total - real(j == y[r])) / count
@@ -60,7 +60,7 @@ def _svm_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> No
     real = x.dtype.type
     zero, one = real(0), real(1)
     columns, count = x.shape[1], real(x.shape[0])
-    work, margins = workspace(x), np.empty(columns, x.dtype)
+    work, margins = workspace(x, 1, columns), buffer_of(x, columns)
     for r in range(first, last):
         xr, dxr, label = x[r], dx[r], y[r]
         right, above = xr[label], 0
@@ -68,7 +68,7 @@ def _svm_loss(x: Any, y: Any, losses: Any, dx: Any, first: int, last: int) -> No
             margin = (xr[j] - right) + one
             margins[j] = zero if zero > margin else margin  # a NaN stays one
         margins[label] = zero
-        losses[r] = row_sum(margins, work)
+        losses[r] = row_sum(margins, columns, work)
         for j in range(columns):
             above += margins[j] > zero
             dxr[j] = (one if margins[j] > zero else zero) / count

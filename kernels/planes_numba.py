@@ -1,84 +1,138 @@
 """The sample order where samples are neighbours: channels first, and the values of a row.
 
-A channel goes through a buffer, some samples at a time: a subtree whose leaves lie side by side, so
-that a level of the tree is one vectorised pass over pairs. A binary counter merges the buffers.
+Samples go through a buffer, a block of ``64 W`` at a time, for W the lanes of a vector. A block is
+reduced in registers, to a vector of W nodes of 64 samples; the nodes of up to 64 blocks are merged
+in passes over pairs, and what these give by a binary counter.
 """
 
 from typing import Any
 
 import numpy as np
 
-from gpubn.kernels.compile_numba import compiled
-from gpubn.kernels.real_numba import narrow, widen
+from gpubn.kernels.compile_numba import compiled, inlined
+from gpubn.kernels.vectors_numba import (
+    evens,
+    fill,
+    lanes,
+    load,
+    load_leaves,
+    load_part,
+    mask,
+    odds,
+    read,
+    rounded,
+    store,
+    where_positive,
+)
 
-SAMPLES = 1024  # taken together, 8 times a power of two: a few buffers stay in the first cache
+NODE = 64  # values of a node that registers give
+BLOCKS = 64  # merged in passes over pairs
 _LEVELS = 64
+_RUN = 1 << 16  # bytes of neighbouring channels that memory is read in at once
+_GROUP = 1 << 22  # bytes of a group of channels, which is to stay in the last cache
 
 
-# --- Rows of numbers that lie in a buffer --------------------------------------------------------
-
-
-@compiled
-def workspace(like: Any) -> Any:
-    """Return the memory that sums and moments of a buffer need, of the dtype of ``like``."""
-    return np.empty((6, max(SAMPLES // 8, _LEVELS)), like.dtype)
-
-
-@compiled
-def _leaf_sums(v: Any, out: Any) -> Any:
-    """Write the sums of the leaves of ``v (n,)`` to ``out``; return their number."""
-    full, rest = v.shape[0] // 8, v.shape[0] % 8
-    for i in range(full):
-        left = (v[8 * i] + v[8 * i + 1]) + (v[8 * i + 2] + v[8 * i + 3])
-        out[i] = left + ((v[8 * i + 4] + v[8 * i + 5]) + (v[8 * i + 6] + v[8 * i + 7]))
-    if rest:
-        out[full] = _sum_of_short(v[8 * full :])
-        return full + 1
-    return full
+@inlined
+def block(like: Any) -> Any:
+    """Return the samples of a block."""
+    return NODE * lanes(like)
 
 
 @compiled
-def _sum_of_short(v: Any) -> Any:
-    """Return the sum of a leaf of fewer than eight values; the others add +0."""
-    zero = v.dtype.type(0)
-    n = v.shape[0]
-    v0, v1, v2, v3 = v[0], v[1] if n > 1 else zero, v[2] if n > 2 else zero, v[3] if n > 3 else zero
-    v4, v5, v6 = v[4] if n > 4 else zero, v[5] if n > 5 else zero, v[6] if n > 6 else zero
-    return ((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + zero))
+def buffer_of(like: Any, count: int) -> Any:
+    """Return a buffer of ``count`` values, and room behind it that reductions read from."""
+    return np.empty(count + 8 * lanes(like), like.dtype)
 
 
 @compiled
-def _buffer_sum(v: Any, work: Any) -> Any:
-    """Return the sum of ``v``, of at most ``SAMPLES`` values."""
-    a, b = work[0], work[1]
-    count = _leaf_sums(v, a)
+def workspace(like: Any, groups: int, rows: int) -> Any:
+    """Return the memory ``(groups + 1, 4, n)`` of reductions of ``rows`` values at once.
+
+    For each a mean and a variance (or sum) of the blocks' nodes, and of the counter's levels; and
+    at last for all of them those of a shorter block's leaves.
+    """
+    w = lanes(like)
+    nodes = min(rows // NODE, BLOCKS * w) + 4 * w
+    return np.empty((groups + 1, 4, max(nodes, _LEVELS, 12 * w)), like.dtype)
+
+
+# --- Sums of values in a buffer ------------------------------------------------------------------
+
+
+@inlined
+def _pair(a: Any, b: Any) -> Any:
+    return evens(a, b) + odds(a, b)
+
+
+@inlined
+def _leaf_sums(v: Any, i: int) -> Any:
+    """Return the sums of W leaves of ``v``, from value ``i`` on."""
+    w = lanes(v)
+    a = _pair(load(v, i), load(v, i + w))
+    b = _pair(load(v, i + 2 * w), load(v, i + 3 * w))
+    c = _pair(load(v, i + 4 * w), load(v, i + 5 * w))
+    d = _pair(load(v, i + 6 * w), load(v, i + 7 * w))
+    return _pair(_pair(a, b), _pair(c, d))
+
+
+@compiled
+def _put_sum(work: Any, count: int, v: Any, first: int) -> None:
+    """Add block ``count`` of a sum, which ``v`` has from ``first`` on."""
+    w = lanes(v)
+    step, slot = 8 * w, count % BLOCKS
+    a = _pair(_leaf_sums(v, first), _leaf_sums(v, first + step))
+    b = _pair(_leaf_sums(v, first + 2 * step), _leaf_sums(v, first + 3 * step))
+    c = _pair(_leaf_sums(v, first + 4 * step), _leaf_sums(v, first + 5 * step))
+    d = _pair(_leaf_sums(v, first + 6 * step), _leaf_sums(v, first + 7 * step))
+    store(work[0], slot * w, _pair(_pair(a, b), _pair(c, d)))
+    if slot == BLOCKS - 1:
+        total, level, count = _sum_nodes(work[0], BLOCKS * w), 0, count // BLOCKS
+        while count & 1:
+            total = work[2, level] + total
+            count >>= 1
+            level += 1
+        work[2, level] = total
+
+
+@compiled
+def _sum_nodes(nodes: Any, count: int) -> Any:
+    """Return the sum of ``count`` neighbours, which are overwritten; there is room behind them."""
+    w = lanes(nodes)
     while count > 1:
-        pairs = count // 2
-        for i in range(pairs):
-            b[i] = a[2 * i] + a[2 * i + 1]
+        pairs, last = count // 2, nodes[count - 1]
+        for i in range(0, pairs, w):
+            store(nodes, i, _pair(load(nodes, 2 * i), load(nodes, 2 * i + w)))
         if count % 2:
-            b[pairs] = a[count - 1]
+            nodes[pairs] = last
         count -= pairs
-        a, b = b, a
-    return a[0]
+    return nodes[0]
 
 
 @compiled
-def _push_sum(levels: Any, count: int, total: Any) -> None:
-    level = 0
-    while count & 1:
-        total = levels[level] + total
-        count >>= 1
-        level += 1
-    levels[level] = total
-
-
-@compiled
-def _fold_sum(levels: Any, count: int, total: Any, started: bool) -> Any:
-    level = 0
+def _finish_sum(work: Any, leaves: Any, count: int, v: Any, first: int, rest: int) -> Any:
+    """Return the sum of ``count`` blocks and ``rest`` values more, from ``first`` on of ``v``."""
+    w = lanes(v)
+    blocks, nodes = count % BLOCKS, work[0]
+    pairs = blocks * w
+    while pairs > blocks:
+        pairs //= 2
+        for i in range(0, pairs, w):
+            store(nodes, i, _pair(load(nodes, 2 * i), load(nodes, 2 * i + w)))
+    if rest:
+        groups, zero = (rest + 7) // 8, v.dtype.type(0)
+        for i in range(first + rest, first + groups * 8):
+            v[i] = zero  # values beyond the last one add +0
+        for i in range(0, groups, w):
+            store(leaves[0], i, _leaf_sums(v, first + 8 * i))
+        nodes[blocks] = _sum_nodes(leaves[0], groups)
+        blocks += 1
+    started, level, count = blocks > 0, 0, count // BLOCKS
+    total = v.dtype.type(0)
+    if started:
+        total = _sum_nodes(nodes, blocks)
     while count:
         if count & 1:
-            total = levels[level] + total if started else levels[level]
+            total = work[2, level] + total if started else work[2, level]
             started = True
         count >>= 1
         level += 1
@@ -86,20 +140,159 @@ def _fold_sum(levels: Any, count: int, total: Any, started: bool) -> Any:
 
 
 @compiled
-def row_sum(v: Any, work: Any) -> Any:
-    """Return the sum of a row of any length."""
-    full = v.shape[0] // SAMPLES
+def row_sum(v: Any, columns: int, work: Any) -> Any:
+    """Return the sum of a row of any length, in a buffer; ``work`` is one reduction's workspace."""
+    size = block(v)
+    full = columns // size
     for i in range(full):
-        _push_sum(work[2], i, _buffer_sum(v[i * SAMPLES : (i + 1) * SAMPLES], work))
-    rest = v[full * SAMPLES :]
-    total = v[0]
-    if rest.shape[0]:
-        total = _buffer_sum(rest, work)
-    return _fold_sum(work[2], full, total, rest.shape[0] > 0)
+        _put_sum(work[0], i, v, i * size)
+    return _finish_sum(work[0], work[1], full, v, full * size, columns - full * size)
+
+
+# --- Moments of values in a buffer ----------------------------------------------------------------
+
+
+@inlined
+def leaf_moments(v: Any, eighth: Any) -> Any:
+    """Return mean and variance of eight vectors, lane by lane; ``eighth`` is a vector of 1/8."""
+    d0, d1, d2, d3, d4, d5, d6, d7 = v
+    m = (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))) * eighth  # exact: a power of two
+    e0, e1, e2, e3 = d0 - m, d1 - m, d2 - m, d3 - m
+    e4, e5, e6, e7 = d4 - m, d5 - m, d6 - m, d7 - m
+    # Divided before they are summed: eight squares overflow where their mean does not.
+    s0, s1, s2, s3 = e0 * eighth * e0, e1 * eighth * e1, e2 * eighth * e2, e3 * eighth * e3
+    s4, s5, s6, s7 = e4 * eighth * e4, e5 * eighth * e5, e6 * eighth * e6, e7 * eighth * e7
+    return m, ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+
+
+@inlined
+def merged_equal(left: Any, right: Any, half: Any) -> Any:
+    """Return the moments of equal neighbours, pairs of vectors, with no division."""
+    h = (left[0] - right[0]) * half
+    return (left[0] + right[0]) * half, (left[1] * half + right[1] * half) + h * h
+
+
+@inlined
+def _merged_pairs(a: Any, b: Any, half: Any) -> Any:
+    left = evens(a[0], b[0]), evens(a[1], b[1])
+    return merged_equal(left, (odds(a[0], b[0]), odds(a[1], b[1])), half)
+
+
+@inlined
+def _merged_leaves(d: Any, i: int, eighth: Any, half: Any) -> Any:
+    """Return the moments of W pairs of leaves of ``d``, from value ``i`` on."""
+    a = leaf_moments(load_leaves(d, i), eighth)
+    return _merged_pairs(a, leaf_moments(load_leaves(d, i + 8 * lanes(d)), eighth), half)
 
 
 @compiled
-def _merge(left_mean: Any, left_var: Any, left_rows: int, mean: Any, var: Any, rows: int) -> Any:
+def _put_moments(work: Any, count: int, d: Any, first: int) -> None:
+    """Add block ``count`` of a reduction, which ``d`` has from ``first`` on."""
+    w, real = lanes(d), d.dtype.type
+    eighth, half = fill(real(0.125)), fill(real(0.5))
+    step, slot = 16 * w, count % BLOCKS
+    a = _merged_leaves(d, first, eighth, half)
+    a = _merged_pairs(a, _merged_leaves(d, first + step, eighth, half), half)
+    b = _merged_leaves(d, first + 2 * step, eighth, half)
+    b = _merged_pairs(b, _merged_leaves(d, first + 3 * step, eighth, half), half)
+    mean, var = _merged_pairs(a, b, half)
+    store(work[0], slot * w, mean)
+    store(work[1], slot * w, var)
+    if slot == BLOCKS - 1:
+        m, v = _merge_nodes(work[0], work[1], BLOCKS * w, 1, 1)
+        level, count = 0, count // BLOCKS
+        while count & 1:
+            m, v = merge(work[2, level], work[3, level], 1, m, v, 1)
+            count >>= 1
+            level += 1
+        work[2, level], work[3, level] = m, v
+
+
+@compiled
+def _merge_level(mean: Any, var: Any, pairs: int) -> None:
+    w, half = lanes(mean), fill(mean.dtype.type(0.5))
+    for i in range(0, pairs, w):
+        a, b = (load(mean, 2 * i), load(var, 2 * i)), (load(mean, 2 * i + w), load(var, 2 * i + w))
+        m, v = _merged_pairs(a, b, half)
+        store(mean, i, m)
+        store(var, i, v)
+
+
+@compiled
+def _merge_nodes(mean: Any, var: Any, count: int, unit: int, last: int) -> Any:
+    """Merge ``count`` neighbours of ``unit`` values, the last one of ``last``; overwrites them."""
+    while count > 1:
+        pairs, m, v = count // 2, mean[count - 1], var[count - 1]
+        if count % 2 == 0 and last < unit:
+            m, v = merge(mean[count - 2], var[count - 2], unit, m, v, last)
+        _merge_level(mean, var, pairs)
+        if count % 2:
+            mean[pairs], var[pairs] = m, v
+        else:
+            if last < unit:
+                mean[pairs - 1], var[pairs - 1] = m, v
+            last += unit
+        count -= pairs
+        unit *= 2
+    return mean[0], var[0]
+
+
+@compiled
+def _finish_moments(work: Any, leaves: Any, count: int, d: Any, first: int, rest: int) -> Any:
+    """Return the moments of ``count`` blocks and ``rest`` values more, from ``first`` of ``d``."""
+    w, size = lanes(d), block(d)
+    eighth = fill(d.dtype.type(0.125))
+    blocks, mean, var = count % BLOCKS, work[0], work[1]
+    pairs = blocks * w
+    while pairs > blocks:
+        pairs //= 2
+        _merge_level(mean, var, pairs)
+    rows = blocks * size + rest
+    if rest:
+        full, short, means, variances = rest // 8, rest % 8, leaves[0], leaves[1]
+        for i in range(0, full, w):
+            m, v = leaf_moments(load_leaves(d, first + 8 * i), eighth)
+            store(means, i, m)
+            store(variances, i, v)
+        if short:
+            at = first + 8 * full
+            means[full], variances[full] = _short_leaf(d[at : at + short])
+        nodes = full + (short > 0)
+        mean[blocks], var[blocks] = _merge_nodes(means, variances, nodes, 8, short or 8)
+        blocks += 1
+    m, v = d[0], d[0]
+    if blocks:
+        m, v = _merge_nodes(mean, var, blocks, size, rest or size)
+    level, count = 0, count // BLOCKS
+    while count:
+        if count & 1:
+            unit = (size * BLOCKS) << level
+            if rows:
+                m, v = merge(work[2, level], work[3, level], unit, m, v, rows)
+            else:
+                m, v = work[2, level], work[3, level]
+            rows += unit
+        count >>= 1
+        level += 1
+    return m, v
+
+
+@compiled
+def _short_leaf(d: Any) -> Any:
+    """Return mean and variance of fewer than eight values."""
+    count, eighth, zero = d.dtype.type(d.shape[0]), d.dtype.type(0.125), d.dtype.type(0)
+    v = np.zeros(8, d.dtype)  # values beyond the last one add +0
+    v[: d.shape[0]] = d
+    m = (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + zero))) / count
+    for i in range(d.shape[0]):
+        e = v[i] - m
+        v[i] = e * eighth * e
+    squares = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + zero))
+    return m, squares / (count * eighth)
+
+
+@compiled
+def merge(left_mean: Any, left_var: Any, left_rows: int, mean: Any, var: Any, rows: int) -> Any:
     """Return the moments of two neighbours; the right one has as many rows, or fewer.
 
     Chan, Golub and LeVeque 1979, in means instead of sums. Equal halves need no division.
@@ -116,177 +309,132 @@ def _merge(left_mean: Any, left_var: Any, left_rows: int, mean: Any, var: Any, r
 
 
 @compiled
-def _leaf_moments(d: Any, mean: Any, var: Any) -> None:
-    real = d.dtype.type
-    full, rest = d.shape[0] // 8, d.shape[0] % 8
-    eighth = real(0.125)  # a power of two: multiplying is dividing by 8, and exact
+def row_moments(d: Any, columns: int, work: Any) -> Any:
+    """Return mean and variance of a row of any length, as ``row_sum`` its sum."""
+    size = block(d)
+    full = columns // size
     for i in range(full):
-        d0, d1, d2, d3 = d[8 * i], d[8 * i + 1], d[8 * i + 2], d[8 * i + 3]
-        d4, d5, d6, d7 = d[8 * i + 4], d[8 * i + 5], d[8 * i + 6], d[8 * i + 7]
-        m = (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))) * eighth
-        e0, e1, e2, e3 = d0 - m, d1 - m, d2 - m, d3 - m
-        e4, e5, e6, e7 = d4 - m, d5 - m, d6 - m, d7 - m
-        # Divided before they are summed: eight squares overflow where their mean does not.
-        s0, s1, s2, s3 = e0 * eighth * e0, e1 * eighth * e1, e2 * eighth * e2, e3 * eighth * e3
-        s4, s5, s6, s7 = e4 * eighth * e4, e5 * eighth * e5, e6 * eighth * e6, e7 * eighth * e7
-        mean[i] = m
-        var[i] = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
-    if rest:
-        last, count = d[8 * full :], real(rest)
-        m = _sum_of_short(last) / count
-        squares = np.zeros(7, d.dtype)
-        for i in range(rest):
-            e = last[i] - m
-            squares[i] = e * eighth * e
-        mean[full] = m
-        var[full] = _sum_of_short(squares) / (count * eighth)
-
-
-@compiled
-def _buffer_moments(d: Any, work: Any) -> Any:
-    """Return mean and variance of ``d``, of at most ``SAMPLES`` values."""
-    half = d.dtype.type(0.5)
-    mean, var, next_mean, next_var = work[0], work[1], work[2], work[3]
-    _leaf_moments(d, mean, var)
-    count, unit = (d.shape[0] + 7) // 8, 8
-    last = d.shape[0] - 8 * (count - 1)  # rows of the last node; the others have `unit`
-    while count > 1:
-        pairs = count // 2
-        for i in range(pairs):
-            h = (mean[2 * i] - mean[2 * i + 1]) * half
-            next_mean[i] = (mean[2 * i] + mean[2 * i + 1]) * half
-            next_var[i] = (var[2 * i] * half + var[2 * i + 1] * half) + h * h
-        if count % 2:
-            next_mean[pairs], next_var[pairs] = mean[count - 1], var[count - 1]
-        else:
-            if last < unit:
-                m, v = mean[count - 2], var[count - 2]
-                m, v = _merge(m, v, unit, mean[count - 1], var[count - 1], last)
-                next_mean[pairs - 1], next_var[pairs - 1] = m, v
-            last += unit
-        mean, var, next_mean, next_var = next_mean, next_var, mean, var
-        count -= pairs
-        unit *= 2
-    return mean[0], var[0]
-
-
-@compiled
-def _push_moments(means: Any, variances: Any, count: int, mean: Any, var: Any) -> None:
-    level = 0
-    while count & 1:
-        mean, var = _merge(means[level], variances[level], 1, mean, var, 1)
-        count >>= 1
-        level += 1
-    means[level], variances[level] = mean, var
-
-
-@compiled
-def _fold_moments(means: Any, variances: Any, count: int, mean: Any, var: Any, rows: int) -> Any:
-    level = 0
-    while count:
-        if count & 1:
-            unit = SAMPLES << level
-            if rows:
-                mean, var = _merge(means[level], variances[level], unit, mean, var, rows)
-            else:
-                mean, var = means[level], variances[level]
-            rows += unit
-        count >>= 1
-        level += 1
-    return mean, var
-
-
-@compiled
-def row_moments(d: Any, work: Any) -> Any:
-    """Return mean and variance of a row of any length."""
-    full = d.shape[0] // SAMPLES
-    for i in range(full):
-        mean, var = _buffer_moments(d[i * SAMPLES : (i + 1) * SAMPLES], work)
-        _push_moments(work[4], work[5], i, mean, var)
-    rest = d[full * SAMPLES :]
-    mean, var = d[0], d[0]
-    if rest.shape[0]:
-        mean, var = _buffer_moments(rest, work)
-    return _fold_moments(work[4], work[5], full, mean, var, rest.shape[0])
+        _put_moments(work[0], i, d, i * size)
+    return _finish_moments(work[0], work[1], full, d, full * size, columns - full * size)
 
 
 # --- Channels of x (I, B, C, S) ------------------------------------------------------------------
 
 
-@compiled
-def gather(x: Any, channel: int, first: int, shift: Any, out: Any) -> None:
-    """Fill ``out`` with samples of a channel, from number ``first`` on, less the shift."""
-    channels, inner = x.shape[2:]
-    instance, c = channel // channels, channel % channels
-    n, s, at = first // inner, first % inner, 0
-    while at < out.shape[0]:
-        run = min(inner - s, out.shape[0] - at)
-        xs, y = x[instance, n, c, s : s + run], out[at : at + run]
-        for i in range(run):
-            y[i] = widen(xs[i]) - shift
-        at += run
-        n, s = n + 1, 0
+@inlined
+def plane(x: Any, channel: int, n: int) -> Any:
+    """Return the place of the neighbouring samples of a channel among all elements of x."""
+    batch, channels = x.shape[1:3]
+    jump = 0 if x.shape[0] == 1 else channel // channels * (batch - 1)  # divisions are slow
+    return ((jump + n) * channels + channel) * x.shape[3]
 
 
 @compiled
-def _scatter(v: Any, channel: int, first: int, x: Any) -> None:
-    """Write samples of a channel, from number ``first`` on."""
-    channels, inner = x.shape[2:]
-    instance, c = channel // channels, channel % channels
-    n, s, at = first // inner, first % inner, 0
-    while at < v.shape[0]:
-        run = min(inner - s, v.shape[0] - at)
-        xs, y = x[instance, n, c, s : s + run], v[at : at + run]
-        for i in range(run):
-            xs[i] = narrow(y[i], xs)
-        at += run
-        n, s = n + 1, 0
+def group_of(x: Any) -> Any:
+    """Return how many neighbouring channels are best taken together.
+
+    Memory is read faster in long runs, and a group is read twice: from memory, then from a cache.
+    """
+    size = x.shape[3] * x.itemsize
+    return max(1, min(_RUN // size, _GROUP // (x.shape[1] * size)))
+
+
+@inlined
+def copy_less(x: Any, first: int, count: int, shift: Any, out: Any, at: int) -> None:
+    """Write elements of x less a vector to a buffer from ``at`` on, with room for one more."""
+    w, part = lanes(x), count % lanes(x)
+    for i in range(0, count - w + 1, w):
+        store(out, at + i, load(x, first + i) - shift)
+    if part:
+        i = count - part
+        store(out, at + i, load_part(x, first + i, part) - shift)
 
 
 @compiled
 def moments(x: Any, shift: Any, parts: Any, tile_rows: int, first: int, last: int) -> None:
     """Write the moments of channels' tiles, ``first`` to ``last`` of all of them, to ``parts``."""
     tiles, samples = parts.shape[1], x.shape[1] * x.shape[3]
-    work, d = workspace(parts), np.empty(SAMPLES, parts.dtype)
-    for unit in range(first, last):
+    group = min(group_of(x), last - first) if tiles == 1 else 1
+    work = workspace(parts, group, min(tile_rows, samples))
+    buffers = buffers_of(parts, group)
+    for unit in range(first, last, group):
         channel, tile = unit // tiles, unit % tiles
         start = tile * tile_rows
-        rows = min(tile_rows, samples - start)
-        full, rest = rows // SAMPLES, rows % SAMPLES
-        for i in range(full):
-            gather(x, channel, start + i * SAMPLES, shift[channel], d)
-            mean, var = _buffer_moments(d, work)
-            _push_moments(work[4], work[5], i, mean, var)
-        mean, var = shift[channel], shift[channel]
-        if rest:
-            gather(x, channel, start + full * SAMPLES, shift[channel], d[:rest])
-            mean, var = _buffer_moments(d[:rest], work)
-        mean, var = _fold_moments(work[4], work[5], full, mean, var, rest)
-        parts[0, tile, channel], parts[1, tile, channel] = mean, var
+        count, rows = min(group, last - unit), min(tile_rows, samples - start)
+        group_moments(x, shift, channel, count, start, rows, work, buffers, parts[:, tile])
+
+
+@compiled
+def buffers_of(like: Any, count: int) -> Any:
+    """Return buffers of a block each, ``(count, ...)``."""
+    return np.empty((count, block(like) + 8 * lanes(like)), like.dtype)
+
+
+@compiled
+def group_moments(
+    x: Any,
+    shift: Any,
+    channel: int,
+    count: int,
+    start: int,
+    rows: int,
+    work: Any,
+    buffers: Any,
+    out: Any,
+) -> None:
+    """Write mean and variance of ``count`` channels' samples less their shifts to ``out (2, C)``.
+
+    The channels from ``channel`` on, each ``rows`` samples from ``start`` on.
+    """
+    inner, size = x.shape[3], block(buffers)
+    at, blocks, sample = 0, 0, start
+    while sample < start + rows:  # every channel's buffer holds as many samples: `at`
+        n, p = sample // inner, sample % inner
+        run = min(inner - p, start + rows - sample)
+        for c in range(count):
+            k, d = fill(shift[channel + c]), buffers[c]
+            source = plane(x, channel + c, n) + p
+            filled, number, left = at, blocks, run
+            while left:
+                take = min(size - filled, left)
+                copy_less(x, source, take, k, d, filled)
+                source, left, filled = source + take, left - take, filled + take
+                if filled == size:
+                    _put_moments(work[c], number, d, 0)
+                    filled, number = 0, number + 1
+        blocks += (at + run) // size
+        at = (at + run) % size
+        sample += run
+    for c in range(count):
+        mean, var = _finish_moments(work[c], work[-1], blocks, buffers[c], 0, at)
+        out[0, channel + c], out[1, channel + c] = mean, var
 
 
 @compiled
 def sums(x: Any, square: bool, parts: Any, tile_rows: int, first: int, last: int) -> None:
     """Write the sums of channels' tiles, or of their squares, to ``parts``."""
-    tiles, samples = parts.shape[1], x.shape[1] * x.shape[3]
-    work, v = workspace(parts), np.empty(SAMPLES, parts.dtype)
-    zero = parts.dtype.type(0)
+    tiles, samples, inner = parts.shape[1], x.shape[1] * x.shape[3], x.shape[3]
+    size, w = block(parts), lanes(parts)
+    work, v = workspace(parts, 1, min(tile_rows, samples)), buffer_of(parts, size)
+    zero = fill(parts.dtype.type(0))
     for unit in range(first, last):
         channel, tile = unit // tiles, unit % tiles
         start = tile * tile_rows
         rows = min(tile_rows, samples - start)
-        full, rest = rows // SAMPLES, rows % SAMPLES
-        total = zero
-        for i in range((rows + SAMPLES - 1) // SAMPLES):
-            values = v[: min(SAMPLES, rows - i * SAMPLES)]
-            gather(x, channel, start + i * SAMPLES, zero, values)
+        full, rest = rows // size, rows % size
+        for i in range(full + 1):
+            at, count, sample = 0, size if i < full else rest, start + i * size
+            while at < count:
+                n, p = sample // inner, sample % inner
+                run = min(inner - p, count - at)
+                copy_less(x, plane(x, channel, n) + p, run, zero, v, at)
+                at, sample = at + run, sample + run
             if square:
-                for j in range(values.shape[0]):
-                    values[j] = values[j] * values[j]
-            total = _buffer_sum(values, work)
+                for j in range(0, count, w):
+                    store(v, j, load(v, j) * load(v, j))
             if i < full:
-                _push_sum(work[2], i, total)
-        parts[0, tile, channel] = _fold_sum(work[2], full, total, rest > 0)
+                _put_sum(work[0], i, v, 0)
+        parts[0, tile, channel] = _finish_sum(work[0], work[1], full, v, 0, rest)
 
 
 @compiled
@@ -307,34 +455,118 @@ def gradients(
 ) -> None:
     """Write the sums of ``g * xhat`` and of ``g`` to ``parts``; ``g`` as in columns_numba."""
     tiles, samples = parts.shape[1], x.shape[1] * x.shape[3]
-    work, buffers = workspace(parts), np.empty((3, SAMPLES), parts.dtype)
-    zero = parts.dtype.type(0)
-    for unit in range(first, last):
+    statistics = shift, mean, invstd
+    group = min(group_of(x), last - first) if tiles == 1 else 1
+    work = workspace(parts, 2 * group, min(tile_rows, samples))
+    buffers = buffers_of(parts, 2 * group)
+    for unit in range(first, last, group):
         channel, tile = unit // tiles, unit % tiles
         start = tile * tile_rows
-        rows = min(tile_rows, samples - start)
-        full, rest = rows // SAMPLES, rows % SAMPLES
-        m, s = mean[channel], invstd[channel]
-        sum_gx, sum_g = zero, zero
-        for i in range((rows + SAMPLES - 1) // SAMPLES):
-            at, count = start + i * SAMPLES, min(SAMPLES, rows - i * SAMPLES)
-            d, g, h = buffers[0, :count], buffers[1, :count], buffers[2, :count]
-            gather(x, channel, at, shift[channel], d)
-            gather(dout, channel, at, zero, g)
-            if out is not None:
-                gather(out, channel, at, zero, h)
-                for j in range(count):
-                    g[j] = g[j] if h[j] > zero else zero
-                _scatter(g, channel, at, dresidual)
-            elif beta is not None:
-                for j in range(count):
-                    y = narrow((d[j] - m) * scale[channel] + beta[channel], x)
-                    g[j] = g[j] if widen(y) > zero else zero
-            for j in range(count):
-                h[j] = g[j] * ((d[j] - m) * s)
-            sum_gx, sum_g = _buffer_sum(h, work), _buffer_sum(g, work)
-            if i < full:
-                _push_sum(work[2], i, sum_gx)
-                _push_sum(work[3], i, sum_g)
-        parts[0, tile, channel] = _fold_sum(work[2], full, sum_gx, rest > 0)
-        parts[1, tile, channel] = _fold_sum(work[3], full, sum_g, rest > 0)
+        count, rows = min(group, last - unit), min(tile_rows, samples - start)
+        group_gradients(
+            *(dout, x, statistics, scale, beta, out, dresidual, channel, count, start, rows),
+            *(work, buffers, parts[:, tile]),
+        )
+
+
+@compiled
+def group_gradients(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    scale: Any,
+    beta: Any,
+    out: Any,
+    dresidual: Any,
+    channel: int,
+    count: int,
+    start: int,
+    rows: int,
+    work: Any,
+    buffers: Any,
+    sums: Any,
+) -> None:
+    """Write the sums of ``g * xhat`` and of ``g`` of ``count`` channels to ``sums (2, C)``.
+
+    ``statistics`` are all channels' shift, mean and invstd; the rest is as in ``group_moments``.
+    """
+    shift, mean, invstd = statistics
+    inner, size = x.shape[3], block(buffers)
+    at, blocks, sample = 0, 0, start
+    while sample < start + rows:
+        n, p = sample // inner, sample % inner
+        run = min(inner - p, start + rows - sample)
+        for c in range(count):
+            j = channel + c
+            h, g = buffers[2 * c], buffers[2 * c + 1]
+            k, m, s = fill(shift[j]), fill(mean[j]), fill(invstd[j])
+            source = plane(x, j, n) + p
+            filled, number, left = at, blocks, run
+            while left:
+                take = min(size - filled, left)
+                if out is not None:
+                    mask(dout, out, dresidual, source, take)
+                    _gradient_row(dresidual, x, source, take, k, m, s, None, None, j, g, h, filled)
+                else:
+                    _gradient_row(dout, x, source, take, k, m, s, scale, beta, j, g, h, filled)
+                source, left, filled = source + take, left - take, filled + take
+                if filled == size:
+                    _put_sum(work[2 * c], number, h, 0)
+                    _put_sum(work[2 * c + 1], number, g, 0)
+                    filled, number = 0, number + 1
+        blocks += (at + run) // size
+        at = (at + run) % size
+        sample += run
+    for c in range(count):
+        j = channel + c
+        sums[0, j] = _finish_sum(work[2 * c], work[-1], blocks, buffers[2 * c], 0, at)
+        sums[1, j] = _finish_sum(work[2 * c + 1], work[-1], blocks, buffers[2 * c + 1], 0, at)
+
+
+@inlined
+def _gradient_row(
+    dout: Any,
+    x: Any,
+    source: int,
+    count: int,
+    k: Any,
+    m: Any,
+    s: Any,
+    scale: Any,
+    beta: Any,
+    channel: int,
+    g: Any,
+    h: Any,
+    at: int,
+) -> None:
+    """Write ``g`` and ``g * xhat`` of neighbouring samples to buffers, from ``at`` on."""
+    w, part = lanes(x), count % lanes(x)
+    for i in range(0, count - w + 1, w):
+        hv, gv = _gradient(dout, x, source + i, k, m, s, scale, beta, channel, None)
+        store(g, at + i, gv)
+        store(h, at + i, hv)
+    if part:
+        i = count - part
+        hv, gv = _gradient(dout, x, source + i, k, m, s, scale, beta, channel, part)
+        store(g, at + i, gv)
+        store(h, at + i, hv)
+
+
+@inlined
+def _gradient(
+    dout: Any,
+    x: Any,
+    i: int,
+    k: Any,
+    m: Any,
+    s: Any,
+    scale: Any,
+    beta: Any,
+    channel: int,
+    part: int | None,
+) -> Any:
+    """Return ``g * xhat`` and ``g`` of a channel's elements from ``i`` on."""
+    g, d = read(dout, i, part), (read(x, i, part) - k) - m
+    if beta is not None:
+        g = where_positive(rounded(d * fill(scale[channel]) + fill(beta[channel]), x), g)
+    return g * (d * s), g

@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import numpy as np
-
 from gpubn.backend import Array
 from gpubn.kernels.compile_numba import compiled
+from gpubn.kernels.memory import empty
 from gpubn.kernels.real_numba import stored, widen
 from gpubn.kernels.threads import split
 
 
 def forward(x: Array) -> Array:
     """Return ``max(0, x)``."""
-    out = np.empty(x.shape, x.dtype)
+    out = empty(x.shape, x.dtype)
     flat = [array.reshape(-1) for array in stored(x, out)]
     split(lambda a, b: _forward(*flat, a, b), x.size, x.size)
     return out
@@ -20,7 +19,7 @@ def forward(x: Array) -> Array:
 
 def backward(dout: Array, x: Array) -> Array:
     """Return ``dout`` where ``x > 0``, else 0."""
-    dx = np.empty(x.shape, x.dtype)
+    dx = empty(x.shape, x.dtype)
     flat = [array.reshape(-1) for array in stored(dout, x, dx)]
     split(lambda a, b: _backward(*flat, a, b), x.size, x.size)
     return dx

@@ -13,9 +13,12 @@ from gpubn.backend import Array
 from gpubn.kernels import columns_numba, planes_numba
 from gpubn.kernels.real_numba import stored
 from gpubn.kernels.statistics import accumulator
-from gpubn.kernels.threads import get_num_threads, split
+from gpubn.kernels.threads import pieces_of, split
 
-TILE_ROWS = 1024  # the least samples of a tile: 8 times a power of two
+# What a thread takes at a time, where there is enough for all of them.
+TILE_SAMPLES = 1024  # samples of a channel, at least: 8 times a power of two
+TILE_ROWS = 64  # rows of channels
+COLUMNS = 1024  # channels of all rows, where rows are few and long
 
 
 def channel_sum(x: Array) -> Array:
@@ -31,7 +34,7 @@ def square_sum(x: Array) -> Array:
 
 
 def reduce_channels(
-    kernels: tuple[Callable[..., None], Callable[..., None] | None],
+    kernels: tuple[Callable[..., None], Callable[..., None]],
     x: Array,
     arguments: tuple[Any, ...],
     merge: Callable[..., None],
@@ -39,47 +42,61 @@ def reduce_channels(
 ) -> Any:
     """Reduce the tiles of ``x (I, B, C, S)`` by one of two kernels, then merge: ``(width, I*C)``.
 
-    The first is for channels that are neighbours, the second, if any, for samples that are. Both
+    The first is for channels that are neighbours, the second for samples that are. Both
     take the arguments, parts ``(width, P, I * C)`` to write to, the samples of a tile, and ranges:
     of instances, tiles and columns, or of channels' tiles.
     """
     instances, batch, channels, inner = x.shape
     rows, all_channels = batch * inner, instances * channels
     by_column, by_plane = kernels
-    block = columns_numba.BLOCK
+    pieces = pieces_of(x.size)
     kernel: Callable[..., None]
     ranges: Callable[[int, int], tuple[int, ...]]
-    if inner > 1 or (channels == 1 and by_plane is not None):
-        assert by_plane is not None
+    tile_rows, tiles = _whole(rows), 1
+    if inner > 1 or channels == 1:
         kernel = by_plane
-        tile_rows, tiles = _tiles(rows, all_channels)
+        if all_channels < pieces:
+            tile_rows, tiles = _tiles(rows, pieces, TILE_SAMPLES)
         units, ranges = all_channels * tiles, lambda a, b: (a, b)
     else:
         kernel = by_column
-        blocks = -(-channels // block)
-        tile_rows, tiles = _tiles(rows, instances * blocks)
-        if tiles > 1 and instances == 1:
-            units, ranges = tiles, lambda a, b: (0, 1, a, b, 0, channels)
-        elif instances > 1:
-            tile_rows, tiles = _whole(rows), 1
+        if instances > 1:
             units, ranges = instances, lambda a, b: (a, b, 0, 1, 0, channels)
+        elif rows >= pieces * TILE_ROWS or channels < pieces * COLUMNS:
+            tile_rows, tiles = _tiles(rows, pieces, 8)
+            units, ranges = tiles, lambda a, b: (0, 1, a, b, 0, channels)
         else:
-            units, ranges = blocks, lambda a, b: (0, 1, 0, 1, a * block, min(b * block, channels))
+            blocks = -(-channels // COLUMNS)
+            units, ranges = blocks, lambda a, b: (0, 1, 0, 1, *_columns(a, b, channels))
     parts = np.empty((width, tiles, all_channels), accumulator(x))
     split(lambda a, b: kernel(*arguments, parts, tile_rows, *ranges(a, b)), units, x.size)
     return merge_parts(merge, parts, tile_rows, rows)
 
 
-def _tiles(rows: int, at_once: int) -> tuple[int, int]:
-    """Choose a tile, and return its samples and how many tiles there are.
+def reduce_rows(kernel: Callable[..., None], x: Array, arguments: tuple[Any, ...]) -> Any:
+    """Sum over the rows of ``x (N, D)`` by a kernel that takes tiles of rows: ``(2, D)``.
 
-    All samples where ``at_once`` units of work occupy the threads, else a power of two.
+    It takes the arguments, parts ``(2, P, D)`` to write to, a tile's rows, and a range of tiles.
     """
-    threads = get_num_threads()
-    if threads == 1 or at_once >= 4 * threads:
+    rows, columns = x.shape
+    tile_rows, tiles = _tiles(rows, pieces_of(x.size), 8)
+    parts = np.empty((2, tiles, columns), accumulator(x))
+    split(lambda a, b: kernel(*arguments, parts, tile_rows, a, b), tiles, x.size)
+    return merge_parts(columns_numba.merge_sums, parts, tile_rows, rows)
+
+
+def _columns(first: int, last: int, channels: int) -> tuple[int, int]:
+    return first * COLUMNS, min(last * COLUMNS, channels)
+
+
+def _tiles(rows: int, pieces: int, least: int) -> tuple[int, int]:
+    """Choose a tile of at least so many rows; return its rows and how many tiles there are.
+
+    All rows where there is to be one piece, else 8 times a power of two.
+    """
+    if pieces == 1:
         return _whole(rows), 1
-    share = -(-rows // (4 * threads))  # a few tiles a thread even out their speed
-    tile_rows = max(TILE_ROWS, 1 << (share - 1).bit_length())
+    tile_rows = max(least, 1 << (-(-rows // pieces) - 1).bit_length())
     return tile_rows, -(-rows // tile_rows)
 
 

@@ -1,21 +1,30 @@
-"""The CPU kernels' threads: a pool of Python threads that run compiled code without the GIL.
+"""The CPU kernels' threads: Python threads that run compiled code without the GIL.
 
 Numba's own parallel loops are not used: their default layer on Linux does not survive a fork, the
 one without dependencies ends the process when two threads enter it at once, and both compile for
 seconds. Work is split where the numerics contract allows it, so the number of threads never shows
 in a result.
+
+The calling thread begins at once, and takes piece after piece of what is to be done; others take
+pieces too as they wake up. So a thread that wakes late, or not at all, costs nothing.
 """
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from queue import SimpleQueue
 
-WORTH_SPLITTING = 1 << 17
-"""Elements below which handing work to another thread costs more than it saves."""
+WORTH_SPLITTING = (1 << 19) + 1
+"""Elements below which waking another thread costs more than it saves.
 
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
+Half of a smaller array would have to move from one core's cache to another's.
+"""
+
+_PIECE = 1 << 15  # elements of a piece of work, at least
+_PIECES = 8  # of a thread, at most: they even out the threads' speeds
+
 _threads: int | None = None
 
 
@@ -47,28 +56,99 @@ def set_num_threads(count: int) -> None:
 
     The default is ``GPUBN_NUM_THREADS``, else ``NUMBA_NUM_THREADS``, else the process's CPUs.
     """
-    global _threads, _pool
+    global _threads
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"count is {count!r}, expected a whole number of at least 1")
-    with _lock:
-        _threads, _pool = count, None  # threads of the old pool end when they have nothing to do
+    _threads = count
 
 
-def _get_pool(threads: int) -> ThreadPoolExecutor:
-    global _pool
-    with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="gpubn")
-        return _pool
+class _Job:
+    """Work that several threads take pieces of.
+
+    Its locks are its own, so that an interrupt in the middle of it cannot stop a later one.
+    """
+
+    def __init__(self, run: Callable[[int, int], None], bounds: list[tuple[int, int]]) -> None:
+        self.run, self.todo = run, deque(bounds)
+        self.running, self.lock = 0, threading.Lock()
+        self.idle = threading.Event()
+        self.error: BaseException | None = None
+
+    def help(self) -> None:
+        """Take pieces until there is none left; in a thread that no interrupt reaches."""
+        with self.lock:
+            if not self.todo:
+                return
+            self.running += 1
+        try:
+            self.take_pieces(self.todo.pop)
+        except BaseException as error:  # goes on in the calling thread
+            self.error = error
+        with self.lock:
+            self.running -= 1
+            if not self.running:
+                self.idle.set()
+
+    def take_pieces(self, take: Callable[[], tuple[int, int]]) -> None:
+        while self.todo:
+            try:
+                piece = take()
+            except IndexError:  # another thread was faster
+                return
+            self.run(*piece)
+
+    def finish(self) -> None:
+        """Wait until no thread is at work, come what may: the arrays must not change hands before.
+
+        Interrupts wait too, and are raised then.
+        """
+        self.todo.clear()
+        interrupt: BaseException | None = None
+        while self.running:
+            try:
+                self.idle.wait(1)
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
 
-def _forget_pool() -> None:
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+_jobs: SimpleQueue[_Job] = SimpleQueue()
+_workers = 0
+
+
+def _work(jobs: SimpleQueue[_Job]) -> None:
+    while True:
+        jobs.get().help()
+
+
+def _start_workers(count: int) -> None:
+    """Let there be ``count`` threads that wait for work; they end with the process."""
+    global _workers
+    while _workers < count:
+        _workers += 1
+        worker = threading.Thread(target=_work, args=(_jobs,), name="gpubn", daemon=True)
+        try:
+            worker.start()
+        except RuntimeError:  # the interpreter is about to end, and starts no more threads
+            return
+
+
+def _forget_workers() -> None:
+    global _jobs, _workers
+    _jobs, _workers = SimpleQueue(), 0
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # a child has no threads but its own
+    os.register_at_fork(after_in_child=_forget_workers)  # a child has no threads but its own
+
+
+def pieces_of(elements: int) -> int:
+    """Return in how many pieces work on so many elements is best done: one, or many a thread."""
+    threads = get_num_threads()
+    if threads == 1 or elements < WORTH_SPLITTING:
+        return 1
+    return min(_PIECES * threads, max(threads, elements // _PIECE))
 
 
 def split(run: Callable[[int, int], None], count: int, elements: int) -> None:
@@ -77,28 +157,25 @@ def split(run: Callable[[int, int], None], count: int, elements: int) -> None:
     Parameters
     ----------
     run : callable
-        Does its share of the work; shares must be independent.
+        Does a piece of the work; pieces must be independent.
     count : int
         How many units of work there are.
     elements : int
         How many array elements they touch in all.
     """
-    threads = get_num_threads()
-    shares = min(threads, count, 1 + elements // WORTH_SPLITTING)
-    if shares < 2:
+    threads, pieces = get_num_threads(), min(count, pieces_of(elements))
+    if pieces < 2:
         run(0, count)
         return
-    bounds = [count * share // shares for share in range(shares + 1)]
-    pool = _get_pool(threads)
-    others = []
+    bounds = [count * piece // pieces for piece in range(pieces + 1)]
+    job = _Job(run, list(pairwise(bounds)))
+    _start_workers(threads - 1)
     try:
-        for i in range(1, shares):
-            try:
-                others.append(pool.submit(run, bounds[i], bounds[i + 1]))
-            except RuntimeError:  # the interpreter is about to end, and starts no more threads
-                run(bounds[i], bounds[i + 1])
-        run(bounds[0], bounds[1])
+        for _ in range(min(threads, pieces) - 1):
+            _jobs.put(job)
+        # From the other end than the helpers: what a thread took before is in its caches still.
+        job.take_pieces(job.todo.popleft)
     finally:
-        # Wait in any case: the arrays must not change hands while a share is still written.
-        for other in others:
-            other.result()
+        job.finish()
+    if job.error is not None:
+        raise job.error

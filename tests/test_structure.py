@@ -124,7 +124,8 @@ PAIRS = sorted(
 def test_every_kernel_has_its_pair() -> None:
     halves = {p.stem for p in (ROOT / "kernels").glob("*.py") if "_" in p.stem.strip("_")}
     # The other halves of real.cuh and, both, of samples.cuh.
-    shared = {"compile_cuda", "compile_numba", "real_numba", "columns_numba", "planes_numba"}
+    shared = {"compile_cuda", "compile_numba", "real_numba", "vectors_numba"}
+    shared |= {"columns_numba", "planes_numba"}
     assert halves - shared == {f"{op}_{device}" for op in PAIRS for device in ("cuda", "numba")}
 
 

@@ -14,6 +14,7 @@ from gpubn.backend import Array, is_array, place, scope_of, to_host
 from gpubn.kernels.statistics import accumulator
 
 FLOATS = ("float32", "float64")
+_DTYPES = frozenset(np.dtype(name) for name in FLOATS)  # in the machine's own order of bytes
 HALVES = ("float16", "bfloat16")
 """Of the layers that take them; bfloat16 is ml_dtypes', which is not imported for its name."""
 
@@ -45,6 +46,8 @@ def floating(name: str, value: Array, ndim: int | None = None, half: bool = Fals
 
 def like(name: str, value: Array, shape: tuple[int, ...], x: Array, x_name: str = "x") -> None:
     """Require an array of this shape, of ``x``'s dtype and on ``x``'s device."""
+    if type(value) is type(x) is np.ndarray and value.shape == shape and value.dtype == x.dtype:
+        return  # as most are
     array(name, value)
     same_place(name, value, x, x_name)
     if value.dtype != x.dtype:
@@ -55,7 +58,9 @@ def like(name: str, value: Array, shape: tuple[int, ...], x: Array, x_name: str 
 
 def is_floating(dtype: np.dtype[Any], half: bool = False) -> bool:
     """Tell whether layers take arrays of this dtype, in the machine's own order of bytes."""
-    return dtype.isnative and (dtype.name in FLOATS or (half and dtype.name in HALVES))
+    if dtype in _DTYPES:  # as most are: their names take longer
+        return True
+    return half and dtype.isnative and dtype.name in HALVES
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -67,6 +72,9 @@ def boolean(name: str, value: Any) -> bool:
 
 def parameter(name: str, value: Array, shape: tuple[int, ...], x: Array) -> None:
     """Require a parameter or statistic of this shape, of the dtype that ``x`` is computed with."""
+    usual = type(value) is type(x) is np.ndarray and value.shape == shape
+    if usual and value.dtype == (x.dtype if x.itemsize > 2 else np.float32):
+        return
     array(name, value)
     same_place(name, value, x)
     dtype = accumulator(x)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from gpubn.backend import Array, namespace
+from gpubn.layers import _check
 
 
 class View(NamedTuple):
@@ -38,6 +40,18 @@ class View(NamedTuple):
         """Return the kernels' view, contiguous: a copy only of what lies otherwise in memory."""
         return contiguous(array.transpose(self.order).reshape(self.shape))
 
+    def target(self, out: Array, **inputs: Array | None) -> Array:
+        """Return the kernels' view of an array to write to, which must share memory with no input.
+
+        Raises
+        ------
+        ValueError, TypeError
+            It is not as the inputs are, or lies otherwise in memory; nothing was changed.
+        """
+        first = next(iter(inputs.values()))
+        shape = tuple(self.moved[i] for i in self.inverse)
+        return writable(out, shape, self.order, first, inputs).reshape(self.shape)
+
     def give(self, array: Array) -> Array:
         """Return a result of the kernels with the axes of the array that was viewed."""
         return array.reshape(self.moved).transpose(self.inverse)
@@ -49,22 +63,30 @@ def of_batch(x: Array, axis: int) -> View:
     Channels may be at any place in memory, if the other axes are in order: then nothing is copied.
     These keep their order, and so samples their numbers.
     """
-    others = tuple(i for i in range(x.ndim) if i != axis)
-    order = _in_memory(x, ((*others[:k], axis, *others[k:]) for k in range(x.ndim)))
-    moved = tuple(x.shape[i] for i in order)
-    at = order.index(axis)
-    shape = (1, math.prod(moved[:at]), moved[at], math.prod(moved[at + 1 :]))
-    return View(order, _inverse(order), moved, shape)
+    return _of(x.shape, _order(x, axis, 0), axis, 0)
 
 
 def of_samples(x: Array, axis: int) -> View:
     """View ``x (N, ...)`` as an instance a sample, normalized over the axes but the channels'."""
+    return _of(x.shape, _order(x, axis, 1), axis, 1)
+
+
+def _order(x: Array, axis: int, first: int) -> tuple[int, ...]:
+    """Return the axes as they lie in memory: channels anywhere from place ``first`` on."""
+    if x.flags.c_contiguous:
+        return tuple(range(x.ndim))
     others = tuple(i for i in range(x.ndim) if i != axis)
-    order = _in_memory(x, ((*others[:k], axis, *others[k:]) for k in range(1, x.ndim)))
-    moved = tuple(x.shape[i] for i in order)
+    return _in_memory(x, ((*others[:k], axis, *others[k:]) for k in range(first, x.ndim)))
+
+
+@lru_cache(maxsize=1024)  # every layer's call asks
+def _of(shape: tuple[int, ...], order: tuple[int, ...], axis: int, instances: int) -> View:
+    """Return the view of arrays of one shape whose first axes, none or one, are instances."""
+    moved = tuple(shape[i] for i in order)
     at = order.index(axis)
-    shape = (moved[0], math.prod(moved[1:at]), moved[at], math.prod(moved[at + 1 :]))
-    return View(order, _inverse(order), moved, shape)
+    batch, inner = math.prod(moved[instances:at]), math.prod(moved[at + 1 :])
+    seen = (math.prod(moved[:instances]), batch, moved[at], inner)
+    return View(order, _inverse(order), moved, seen)
 
 
 def of_elements(x: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -75,6 +97,44 @@ def of_elements(x: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
     by_stride = tuple(sorted(range(x.ndim), key=lambda i: (-x.strides[i], i)))
     order = _in_memory(x, (by_stride,))
     return order, _inverse(order)
+
+
+def writable(
+    out: Array,
+    shape: tuple[int, ...],
+    order: tuple[int, ...],
+    x: Array,
+    inputs: Mapping[str, Array | None],
+) -> Array:
+    """Return ``out`` with its axes in this order, in which it must be contiguous.
+
+    It must have this shape, x's dtype and device, and share memory with none of the inputs.
+
+    Raises
+    ------
+    ValueError, TypeError
+        It is not so; nothing was changed.
+    """
+    _check.like("out", out, shape, x)
+    if not getattr(out.flags, "writeable", True):
+        raise ValueError("out is read-only, expected an array to write to")
+    moved = out.transpose(order)
+    if not moved.flags.c_contiguous:
+        raise ValueError(
+            f"out has strides {out.strides}, expected the memory layout of x: empty_like(x) has it"
+        )
+    for name, value in inputs.items():
+        if value is not None and namespace(x).may_share_memory(out, value):
+            raise ValueError(f"out shares memory with {name}, expected an array of its own")
+    return moved
+
+
+def rows_of(out: Array, rows: Array, shape: tuple[int, ...], **inputs: Array) -> Array:
+    """Return an array to write to, of ``shape`` and in C order, in the shape of ``rows``.
+
+    Raises as ``writable`` does.
+    """
+    return writable(out, shape, tuple(range(len(shape))), rows, inputs).reshape(rows.shape)
 
 
 def contiguous(array: Array) -> Array:

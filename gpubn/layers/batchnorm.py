@@ -33,7 +33,13 @@ class _AddReluCache(NamedTuple):
 
 @foreign
 def batchnorm_forward(
-    x: Array, gamma: Array, beta: Array, bn_param: MutableMapping[str, Any], axis: int = 1
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    bn_param: MutableMapping[str, Any],
+    axis: int = 1,
+    *,
+    out: Array | None = None,
 ) -> tuple[Array, Any]:
     """Normalize every channel over the batch, then scale and shift it.
 
@@ -55,6 +61,8 @@ def batchnorm_forward(
         running variance takes the sample's times ``M / (M - 1)``, for M samples of a channel.
     axis : int
         Which axis the channels are; -1 where they are last. Statistics run over all others.
+    out : array, x's shape, dtype and memory layout, optional
+        Where to write the output; ``empty_like(x)`` makes one. It shares no memory with x.
 
     Returns
     -------
@@ -75,12 +83,14 @@ def batchnorm_forward(
     its running variance becomes infinite. Where sums of eight values overflow (from 4e37 on) it is
     NaN. Keys of bn_param that are not named above are ignored.
     """
-    out, cache = _forward(x, None, gamma, beta, bn_param, axis, relu=False)
-    return cache.view.give(out), cache
+    out, cache = _forward(x, None, gamma, beta, bn_param, axis, False, out)
+    return out, cache
 
 
 @foreign
-def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
+def batchnorm_backward(
+    dout: Array, cache: Any, *, out: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Return the gradients of ``batchnorm_forward``, through the statistics where it was training.
 
     In test mode statistics are constants, so that a frozen batch norm is one in test mode.
@@ -91,6 +101,8 @@ def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
         Gradient of the loss with respect to out.
     cache
         What the forward pass returned beside out.
+    out : array, x's shape, dtype and memory layout, optional
+        Where to write dx. It shares no memory with x and dout.
 
     Returns
     -------
@@ -104,7 +116,7 @@ def batchnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     ``gpubn.testing.reference`` derives this on the computation graph.
     """
     _check.cache_of("batchnorm", cache, _Cache)
-    return _backward(dout, cache, relu=False)
+    return _backward(dout, cache, False, out)
 
 
 batchnorm_backward_alt = batchnorm_backward
@@ -113,24 +125,32 @@ batchnorm_backward_alt = batchnorm_backward
 
 @foreign
 def batchnorm_relu_forward(
-    x: Array, gamma: Array, beta: Array, bn_param: MutableMapping[str, Any], axis: int = 1
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    bn_param: MutableMapping[str, Any],
+    axis: int = 1,
+    *,
+    out: Array | None = None,
 ) -> tuple[Array, Any]:
     """Return batch norm then ReLU, in one pass, and a cache; as ``batchnorm_forward`` otherwise.
 
     The bits are those of ``relu_forward`` after ``batchnorm_forward``.
     """
-    out, cache = _forward(x, None, gamma, beta, bn_param, axis, relu=True)
-    return cache.view.give(out), _ReluCache(cache)
+    out, cache = _forward(x, None, gamma, beta, bn_param, axis, True, out)
+    return out, _ReluCache(cache)
 
 
 @foreign
-def batchnorm_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
+def batchnorm_relu_backward(
+    dout: Array, cache: Any, *, out: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Return dx, dgamma and dbeta; as ``batchnorm_backward`` otherwise.
 
     What ReLU let pass is computed anew from x: neither its input nor a mask is kept.
     """
     _check.cache_of("batchnorm_relu", cache, _ReluCache)
-    return _backward(dout, cache.batchnorm, relu=True)
+    return _backward(dout, cache.batchnorm, True, out)
 
 
 @foreign
@@ -141,6 +161,8 @@ def batchnorm_add_relu_forward(
     beta: Array,
     bn_param: MutableMapping[str, Any],
     axis: int = 1,
+    *,
+    out: Array | None = None,
 ) -> tuple[Array, Any]:
     """Return ``max(0, batchnorm(x) + residual)``, in one pass, and a cache.
 
@@ -148,31 +170,47 @@ def batchnorm_add_relu_forward(
     dtype; all else is as in ``batchnorm_forward``. The bits are those of the separate calls. The
     backward pass reads out: leave it as it is until then.
     """
-    out, cache = _forward(x, residual, gamma, beta, bn_param, axis, relu=True)
-    return cache.view.give(out), _AddReluCache(cache, out)
+    out, cache = _forward(x, residual, gamma, beta, bn_param, axis, True, out)
+    return out, _AddReluCache(cache, cache.view.take(out))
 
 
 @foreign
-def batchnorm_add_relu_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array, Array]:
+def batchnorm_add_relu_backward(
+    dout: Array, cache: Any, *, out: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
     """Return dx, dresidual, dgamma and dbeta."""
     _check.cache_of("batchnorm_add_relu", cache, _AddReluCache)
-    (x, statistics, _, view, shape), out = cache
+    (x, statistics, training, view, shape), y = cache
     _check.like("dout", dout, shape, x)
     kernels = for_array("batchnorm", x)
     with scope_of(x):
+        target = (
+            None
+            if out is None
+            else view.target(out, x=x, dout=dout, **{"the forward pass's out": y})
+        )
         dout = view.take(dout)
-        dgamma, dbeta, g = kernels.backward_sums_add_relu(dout, out, x, statistics)
-        dx = _dx(kernels, g, cache.batchnorm, dgamma, dbeta, relu=False)
-    return view.give(dx), view.give(g), dgamma, dbeta
+        dgamma, dbeta, g = kernels.backward_sums_add_relu(dout, y, x, statistics)
+        if training:
+            sums = kernels.gradients(statistics.scale, dgamma, dbeta, view.samples)
+            dx = kernels.backward_dx(g, x, statistics, sums, out=target)
+        else:
+            dx = kernels.backward_dx_fixed(g, x, statistics, out=target)
+        return view.give(dx) if out is None else out, view.give(g), dgamma, dbeta
 
 
 @foreign
 def spatial_batchnorm_forward(
-    x: Array, gamma: Array, beta: Array, bn_param: MutableMapping[str, Any]
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    bn_param: MutableMapping[str, Any],
+    *,
+    out: Array | None = None,
 ) -> tuple[Array, Any]:
     """Return ``batchnorm_forward`` of images ``x (N, C, H, W)``, over N, H and W."""
     _check.floating("x", x, ndim=4, half=True)
-    return batchnorm_forward(x, gamma, beta, bn_param)
+    return batchnorm_forward(x, gamma, beta, bn_param, out=out)
 
 
 spatial_batchnorm_backward = batchnorm_backward
@@ -187,8 +225,9 @@ def _forward(
     bn_param: MutableMapping[str, Any],
     axis: int,
     relu: bool,
+    out: Array | None,
 ) -> tuple[Array, _Cache]:
-    """Return out as kernels view it, and the cache."""
+    """Return out and the cache."""
     _check.floating("x", x, half=True)
     if x.ndim < 2:
         raise ValueError(f"x has shape {x.shape}, expected at least 2 dimensions")
@@ -218,24 +257,23 @@ def _forward(
     kernels = for_array("batchnorm", x)
     xp = namespace(x)
     with scope_of(x):
-        taken = view.take(x)
+        target = None if out is None else view.target(out, x=x, residual=residual)
+        taken, added = view.take(x), None if residual is None else view.take(residual)
         running_mean, running_var = (
             xp.zeros(channels, gamma.dtype) if value is None else value for value in running
         )
         if mode == "train":
-            shift = kernels.shift(taken)
-            mean, var = kernels.moments(taken, shift)
-            invstd, scale = kernels.statistics(var, gamma, eps)
             correction = samples / (samples - 1) if unbiased else 1.0
-            running_mean, running_var = kernels.running_update(
-                running_mean, running_var, shift, mean, var, momentum, correction
+            result, statistics, running_mean, running_var = kernels.train(
+                *(taken, gamma, beta, running_mean, running_var, eps, momentum, correction),
+                *(added, relu, target),
             )
         else:
-            shift, mean = running_mean, xp.zeros_like(running_mean)
             invstd, scale = kernels.statistics(running_var, gamma, eps)
-        statistics = Statistics(shift, mean, invstd, scale, beta)
-        added = None if residual is None else view.take(residual)
-        out = kernels.normalize(taken, statistics, added, relu)
+            zeros = xp.zeros_like(running_mean)
+            statistics = Statistics(running_mean, zeros, invstd, scale, beta)
+            result = kernels.normalize(taken, statistics, added, relu, target)
+        out = view.give(result) if out is None else out
     # All at once: an interrupt in between must not leave the count behind the averages.
     running_statistics = {"running_mean": running_mean, "running_var": running_var}
     bn_param.update(running_statistics | (updates if mode == "train" else {}))
@@ -256,20 +294,18 @@ def _momentum(bn_param: MutableMapping[str, Any]) -> tuple[float, dict[str, int]
     return momentum, {}
 
 
-def _backward(dout: Array, cache: _Cache, relu: bool) -> tuple[Array, Array, Array]:
-    x, statistics, _, view, shape = cache
+def _backward(
+    dout: Array, cache: _Cache, relu: bool, out: Array | None
+) -> tuple[Array, Array, Array]:
+    x, statistics, training, view, shape = cache
     _check.like("dout", dout, shape, x)
     kernels = for_array("batchnorm", x)
     with scope_of(x):
+        target = None if out is None else view.target(out, x=x, dout=dout)
         dout = view.take(dout)
-        dgamma, dbeta = kernels.backward_sums(dout, x, statistics, relu)
-        dx = _dx(kernels, dout, cache, dgamma, dbeta, relu)
-    return view.give(dx), dgamma, dbeta
-
-
-def _dx(kernels: Any, dout: Array, cache: _Cache, dgamma: Array, dbeta: Array, relu: bool) -> Array:
-    x, statistics, training, view, _ = cache
-    if not training:
-        return kernels.backward_dx_fixed(dout, x, statistics, relu)
-    gradients = kernels.gradients(statistics.scale, dgamma, dbeta, view.samples)
-    return kernels.backward_dx(dout, x, statistics, gradients, relu)
+        if training:
+            dx, dgamma, dbeta = kernels.backward(dout, x, statistics, relu, target)
+        else:
+            dgamma, dbeta = kernels.backward_sums(dout, x, statistics, relu)
+            dx = kernels.backward_dx_fixed(dout, x, statistics, relu, target)
+        return view.give(dx) if out is None else out, dgamma, dbeta

@@ -26,7 +26,12 @@ class _Cache(NamedTuple):
 
 @foreign
 def layernorm_forward(
-    x: Array, gamma: Array, beta: Array, ln_param: Mapping[str, Any]
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    ln_param: Mapping[str, Any],
+    *,
+    out: Array | None = None,
 ) -> tuple[Array, Any]:
     """Normalize every sample over its features, then scale and shift each feature.
 
@@ -39,6 +44,8 @@ def layernorm_forward(
     gamma, beta : array of the shape of x's last axes, x's dtype; float32 beside half precision
     ln_param : dict
         ``eps`` (1e-5, inside the root); other keys are ignored.
+    out : array in C order, x's shape and dtype, optional
+        Where to write the output. It shares no memory with x.
 
     Returns
     -------
@@ -64,13 +71,18 @@ def layernorm_forward(
     eps = _check.epsilon(ln_param.get("eps", 1e-5), gamma.dtype)
     with scope_of(x):
         rows = _view.contiguous(x.reshape(-1, math.prod(normalized)))
+        target = None if out is None else _view.rows_of(out, rows, x.shape, x=x)
         gamma, beta = gamma.reshape(-1), beta.reshape(-1)
-        out, shift, mean, invstd = for_array("layernorm", x).forward(rows, gamma, beta, eps)
-    return out.reshape(x.shape), _Cache(rows, gamma, shift, mean, invstd, x.shape, normalized)
+        kernels = for_array("layernorm", x)
+        result, shift, mean, invstd = kernels.forward(rows, gamma, beta, eps, target)
+        out = result.reshape(x.shape) if out is None else out
+    return out, _Cache(rows, gamma, shift, mean, invstd, x.shape, normalized)
 
 
 @foreign
-def layernorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
+def layernorm_backward(
+    dout: Array, cache: Any, *, out: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Return the gradients of ``layernorm_forward``.
 
     Parameters
@@ -79,6 +91,8 @@ def layernorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
         Gradient of the loss with respect to out.
     cache
         What the forward pass returned beside out.
+    out : array in C order, x's shape and dtype, optional
+        Where to write dx. It shares no memory with x and dout.
 
     Returns
     -------
@@ -95,7 +109,8 @@ def layernorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     _check.like("dout", dout, shape, x)
     kernels = for_array("layernorm", x)
     with scope_of(x):
+        target = None if out is None else _view.rows_of(out, x, shape, x=x, dout=dout)
         dout = _view.contiguous(dout.reshape(x.shape))
-        dx = kernels.backward_dx(dout, x, gamma, shift, mean, invstd)
-        dgamma, dbeta = kernels.backward_sums(dout, x, shift, mean, invstd)
-    return dx.reshape(shape), dgamma.reshape(normalized), dbeta.reshape(normalized)
+        dx, dgamma, dbeta = kernels.backward(dout, x, gamma, shift, mean, invstd, target)
+        out = dx.reshape(shape) if out is None else out
+    return out, dgamma.reshape(normalized), dbeta.reshape(normalized)

@@ -23,7 +23,9 @@ class _Cache(NamedTuple):
 
 
 @foreign
-def rmsnorm_forward(x: Array, gamma: Array, rms_param: Mapping[str, Any]) -> tuple[Array, Any]:
+def rmsnorm_forward(
+    x: Array, gamma: Array, rms_param: Mapping[str, Any], *, out: Array | None = None
+) -> tuple[Array, Any]:
     """Divide every sample by the root of its mean square, then scale each feature.
 
     ``out = gamma * x / sqrt(mean(x**2) + eps)``, the mean over the last axes, as many as gamma has;
@@ -35,6 +37,8 @@ def rmsnorm_forward(x: Array, gamma: Array, rms_param: Mapping[str, Any]) -> tup
     gamma : array of the shape of x's last axes, x's dtype; float32 beside half precision
     rms_param : dict
         ``eps`` (1e-5, inside the root); other keys are ignored.
+    out : array in C order, x's shape and dtype, optional
+        Where to write the output. It shares no memory with x.
 
     Returns
     -------
@@ -59,13 +63,15 @@ def rmsnorm_forward(x: Array, gamma: Array, rms_param: Mapping[str, Any]) -> tup
     eps = _check.epsilon(rms_param.get("eps", 1e-5), gamma.dtype)
     with scope_of(x):
         rows = _view.contiguous(x.reshape(-1, math.prod(normalized)))
+        target = None if out is None else _view.rows_of(out, rows, x.shape, x=x)
         gamma = gamma.reshape(-1)
-        out, invrms = for_array("rmsnorm", x).forward(rows, gamma, eps)
-    return out.reshape(x.shape), _Cache(rows, gamma, invrms, x.shape, normalized)
+        result, invrms = for_array("rmsnorm", x).forward(rows, gamma, eps, target)
+        out = result.reshape(x.shape) if out is None else out
+    return out, _Cache(rows, gamma, invrms, x.shape, normalized)
 
 
 @foreign
-def rmsnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array]:
+def rmsnorm_backward(dout: Array, cache: Any, *, out: Array | None = None) -> tuple[Array, Array]:
     """Return the gradients of ``rmsnorm_forward``.
 
     Parameters
@@ -74,6 +80,8 @@ def rmsnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array]:
         Gradient of the loss with respect to out.
     cache
         What the forward pass returned beside out.
+    out : array in C order, x's shape and dtype, optional
+        Where to write dx. It shares no memory with x and dout.
 
     Returns
     -------
@@ -91,7 +99,8 @@ def rmsnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array]:
     _check.like("dout", dout, shape, x)
     kernels = for_array("rmsnorm", x)
     with scope_of(x):
+        target = None if out is None else _view.rows_of(out, x, shape, x=x, dout=dout)
         dout = _view.contiguous(dout.reshape(x.shape))
-        dx = kernels.backward_dx(dout, x, gamma, invrms)
-        dgamma = kernels.backward_sums(dout, x, invrms)
-    return dx.reshape(shape), dgamma.reshape(normalized)
+        dx, dgamma = kernels.backward(dout, x, gamma, invrms, target)
+        out = dx.reshape(shape) if out is None else out
+    return out, dgamma.reshape(normalized)

@@ -38,6 +38,7 @@ from gpubn.train.checkpoint import CheckpointError
 from gpubn.train.config import RunConfig
 from gpubn.train.data import DataError, Dataset, Preprocessing
 from gpubn.train.data import load as load_data
+from gpubn.train.memory import Meter, Peak
 from gpubn.train.net import FullyConnectedNet
 from gpubn.train.solver import Solver
 
@@ -57,7 +58,12 @@ METRICS_COLUMNS = (
     "train_accuracy",
     "val_accuracy",
     "seconds",
+    "peak_memory_bytes",
 )
+
+NOT_REPEATED = ("seconds", "peak_memory_bytes")
+"""Columns of metrics.csv that are of the machine, and of the process that computed an epoch: they
+differ between two runs that are equal in all else, and after a run was resumed."""
 
 _MAY_CHANGE = ("epochs", "device", "data")
 """What of a configuration a resumed run may have otherwise; data may have moved, not changed."""
@@ -138,6 +144,8 @@ class Run:
         Whether all epochs are done and all files written; False after ``stop``.
     test : Evaluation or None
         On the test set, once finished; None where the data have none.
+    peak_memory : Peak
+        Of this process, or of its GPU's memory, so far: see ``gpubn.train.memory.Meter``.
     """
 
     def __init__(
@@ -149,13 +157,14 @@ class Run:
         self.test: Evaluation | None = None
         self._stop_asked = False
         self._seconds: list[float] = []  # for each row of metrics.csv
+        self._peaks: list[int | None] = []  # likewise, in bytes
         self._elapsed = 0.0  # seconds of training before this process
         self._clock = time.monotonic()
         self._watcher = Watcher()
 
         name = device or config.device
         try:
-            place = _place(name)
+            _place(name)  # a device that is none is no fault of the data
             self.dataset = load_data(data or config.data)
             self._data_digest = _digest(self.dataset)
             self.preprocessing = Preprocessing.fit(self.dataset.X_train, self.dataset.max_value)
@@ -172,16 +181,15 @@ class Run:
                 name,
                 config.reproducible,
             )
-            # All data go to the device once, so that a batch is cut out there.
-            arrays = {
-                "X_train": self._input(self.dataset.X_train),
-                "y_train": place.asarray(self.dataset.y_train),
-                "X_val": self._input(self.dataset.X_val),
-                "y_val": place.asarray(self.dataset.y_val),
-            }
+            self._meter = Meter(self.net.device)
             self.solver = Solver(
                 self.net,
-                arrays,
+                {
+                    "X_train": self._input(self.dataset.X_train),
+                    "y_train": self.dataset.y_train,
+                    "X_val": self._input(self.dataset.X_val),
+                    "y_val": self.dataset.y_val,
+                },
                 update_rule=config.update_rule,
                 optim_config={"learning_rate": config.learning_rate},
                 lr_decay=config.lr_decay,
@@ -206,18 +214,28 @@ class Run:
         self._stop_asked = True
         self.solver.stop()
 
+    @property
+    def peak_memory(self) -> Peak:
+        """The most memory that was held so far."""
+        return self._meter.read()
+
     def metrics(self) -> list[tuple[Any, ...]]:
         """Return the rows of metrics.csv so far, of ``METRICS_COLUMNS``.
 
-        A row's loss is the mean over the epoch's iterations. The first row is of the first
-        iteration, as epoch 0, unless one iteration is an epoch.
+        A row's loss is the mean over the epoch's iterations, and its memory the peak, until the
+        epoch's end, of the process that computed it; None where that is not known. The first row is
+        of the first iteration, as epoch 0, unless one iteration is an epoch.
         """
         solver, rows = self.solver, []
         losses, per_epoch = solver.loss_history, solver.iterations_per_epoch
         rate = self.config.learning_rate
         epoch = solver.epoch - len(solver.val_acc_history)
-        for train, val, seconds in zip(
-            solver.train_acc_history, solver.val_acc_history, self._seconds, strict=True
+        for train, val, seconds, peak in zip(
+            solver.train_acc_history,
+            solver.val_acc_history,
+            self._seconds,
+            self._peaks,
+            strict=True,
         ):
             epoch += 1
             if epoch == 0:
@@ -225,7 +243,7 @@ class Run:
             else:
                 iteration = epoch * per_epoch
                 mean = math.fsum(losses[iteration - per_epoch : iteration]) / per_epoch
-            rows.append((epoch, iteration, rate, mean, train, val, round(seconds, 3)))
+            rows.append((epoch, iteration, rate, mean, train, val, round(seconds, 3), peak))
             if epoch:
                 rate *= self.config.lr_decay
         return rows
@@ -265,16 +283,21 @@ class Run:
 
     def _after_iteration(self, solver: Solver) -> None:
         if solver.iteration == 1 and solver.iterations_per_epoch > 1:
-            self._seconds.append(self._total_seconds())
+            self._note_machine()
         if self._stop_asked:
             solver.stop()  # the request may have come before train(), which forgets earlier ones
         self._watcher.iteration(self)
 
     def _after_epoch(self, solver: Solver) -> None:
-        self._seconds.append(self._total_seconds())
+        self._note_machine()
         self._save()
         self._write_metrics()
         self._watcher.epoch(self)
+
+    def _note_machine(self) -> None:
+        """Note what a row of metrics.csv says of the machine."""
+        self._seconds.append(self._total_seconds())
+        self._peaks.append(self.peak_memory.bytes)
 
     def _save(self) -> None:
         self.solver.check_parameters()
@@ -282,6 +305,7 @@ class Run:
             "run": self.config.as_dict(),
             "data": self._data_digest,
             "row_seconds": self._seconds,
+            "row_peaks": self._peaks,
             "seconds": self._total_seconds(),
         }
         with _naming(self.folder / CHECKPOINT) as path:
@@ -313,12 +337,14 @@ class Run:
                 "epoch already"
             )
         self._seconds, self._elapsed = list(state["row_seconds"]), float(state["seconds"])
+        # Earlier versions kept no peaks.
+        self._peaks = list(state.get("row_peaks", [None] * len(self._seconds)))
 
     def _total_seconds(self) -> float:
         return self._elapsed + time.monotonic() - self._clock
 
-    def _input(self, X: NDArray[Any]) -> Any:
-        return self.net.device.asarray(self.preprocessing.apply(X, self.config.dtype))
+    def _input(self, X: NDArray[Any]) -> NDArray[Any]:
+        return self.preprocessing.apply(X, self.config.dtype)
 
     def _write_metrics(self) -> None:
         text = io.StringIO()
@@ -514,7 +540,7 @@ def evaluate(
             f"{spec} has a label {y.max()}, expected 0 to {net.num_classes - 1} as in the data "
             "that the network was trained on"
         )
-    return _evaluate(net, net.device.asarray(X), y, spec, split)
+    return _evaluate(net, X, y, spec, split)
 
 
 def read_config(folder: str | os.PathLike[str]) -> RunConfig:
@@ -618,8 +644,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _evaluate(
-    net: FullyConnectedNet, X: Any, y: NDArray[Any], data: str, split: str, batch_size: int = 100
+    net: FullyConnectedNet,
+    X: NDArray[Any],
+    y: NDArray[Any],
+    data: str,
+    split: str,
+    batch_size: int = 100,
 ) -> Evaluation:
+    # Every image is seen once: batches are copied to the device as they come.
     losses, predictions = [], []
     with net.device.scope():
         for at in range(0, len(X), batch_size):
@@ -647,7 +679,7 @@ def _curves(run: Run) -> bytes:
     from matplotlib.figure import Figure
 
     rows = run.metrics()
-    epochs, ends, _, means, train, val, _ = zip(*rows, strict=True)
+    epochs, ends, _, means, train, val = list(zip(*rows, strict=True))[:6]
     losses = run.solver.loss_history
     config = run.config
     # Neither pyplot nor a global backend: drawing must not touch the caller's figures.

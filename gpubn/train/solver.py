@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from gpubn.backend import Array
 from gpubn.layers import _check, count_correct
 from gpubn.nn.norms import RUNNING
 from gpubn.train import optim
+from gpubn.train.batches import Batches, Indices, pick, prepare
 from gpubn.train.net import FullyConnectedNet
 
 
@@ -62,7 +64,9 @@ class Solver:
     model : object
         A ``FullyConnectedNet``, or anything with ``params`` (a dict) and ``loss(X[, y])``.
     data : dict
-        ``X_train``, ``y_train``, ``X_val``, ``y_val``.
+        ``X_train``, ``y_train``, ``X_val``, ``y_val``. For a ``FullyConnectedNet`` on CUDA, NumPy
+        arrays are copied to the device now where they fit, and else batch by batch
+        (``gpubn.train.batches``): leave them as they are while it trains.
     update_rule : str
         'sgd', 'sgd_momentum', 'rmsprop', 'adam' or 'adamw'.
     optim_config : dict, optional
@@ -102,6 +106,9 @@ class Solver:
         One an iteration.
     train_acc_history, val_acc_history : list of float
         After the first iteration and after every epoch.
+    placement : str
+        Where batches come from, and why, in a line that ``train`` prints once; empty where nothing
+        was to be decided, as on the CPU.
     optim_configs : mapping of name to dict
         Every parameter's rule: its scalars, and views of its state. Read-only for a
         ``FullyConnectedNet``, whose parameters are updated together.
@@ -136,7 +143,7 @@ class Solver:
                 f"{', '.join(known[2:])}"
             )
         self.model = model
-        self.X_train, self.y_train = _samples(data, "train")
+        self._batches = Batches(*_samples(data, "train"))
         self.X_val, self.y_val = _samples(data, "val")
         self.update_rule = update_rule
         self.lr_decay = _check.number("lr_decay", lr_decay)
@@ -196,6 +203,16 @@ class Solver:
         else:
             self._configs = {name: dict(config) for name in model.params}
         self._set_reproducible(reproducible, seed)
+        self.placement, self._placement_told = "", False
+        if self._net is not None:
+            self._place_samples(self._net)
+
+    def _place_samples(self, net: FullyConnectedNet) -> None:
+        """Let batches come from where they are best: the device, if all samples fit there."""
+        train, val = (self.X_train, self.y_train), (self.X_val, self.y_val)
+        prepared = prepare(train, val, self.batch_size, net.dtype, net.device)
+        self._batches, self.placement = prepared.batches, prepared.placement
+        self.X_val, self.y_val = prepared.X_val, prepared.y_val
 
     def _set_reproducible(self, reproducible: bool | None, seed: int | None) -> None:
         if self._net is None:
@@ -216,6 +233,16 @@ class Solver:
         self._net.reproducible = reproducible
 
     # --- What it is about to do, and has done -----------------------------------------------------
+
+    @property
+    def X_train(self) -> Array:  # noqa: N802 - the name of the data's part
+        """The training samples, where batches are cut out of them."""
+        return self._batches.X
+
+    @property
+    def y_train(self) -> Array:
+        """The training samples' labels."""
+        return self._batches.y
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -277,8 +304,14 @@ class Solver:
                 "what it left is of no use: resume a checkpoint with a new network and Solver"
             )
         self.stopped = False
+        if self.verbose and self.placement and not self._placement_told:
+            print(f"batches {self.placement}")
+            self._placement_told = True
         with self._scope():
-            self._train()
+            try:
+                self._train()
+            finally:
+                self._batches.settle()
 
     def _train(self) -> None:
         while self.iteration < self.num_iterations and not self.stopped:
@@ -330,7 +363,7 @@ class Solver:
             bn_param.update(best)
 
     def _step(self) -> None:
-        X, y = self._batch()
+        X, y = self._batches.take(self._draw())
         if self._net is not None:
             net = self._net
             loss = net.loss_into(X, net.device.asarray(y, np.int64), self._grads)
@@ -345,17 +378,24 @@ class Solver:
                 self.model.params[name], self._configs[name] = rule(w, grads[name], config)
         self._pending.append(loss)
         self.iteration += 1
+        self._batches.step_launched(self._foreseen() if self._batches.foresees else None)
 
-    def _batch(self) -> tuple[Array, Array]:
-        count = len(self.X_train)
+    def _draw(self) -> Indices:
+        """Return the samples of this iteration."""
+        if not self.shuffle:
+            return self.generator.choice(len(self.X_train), self.batch_size)
+        at = self.iteration % self.iterations_per_epoch * self.batch_size
+        if at == 0:
+            self._order = self.generator.permutation(len(self.X_train))
+        return self._order[at : at + self.batch_size]
+
+    def _foreseen(self) -> Indices | None:
+        """Return what ``_draw`` will, or None; the generator stays as it is."""
+        if self.iteration % self.iterations_per_epoch == 0:
+            return None  # accuracies come first, and may draw
         if self.shuffle:
-            at = self.iteration % self.iterations_per_epoch * self.batch_size
-            if at == 0:
-                self._order = self.generator.permutation(count)
-            chosen = self._order[at : at + self.batch_size]
-        else:
-            chosen = self.generator.choice(count, self.batch_size)
-        return _take(self.X_train, chosen), _take(self.y_train, chosen)
+            return self._draw()  # a part of the epoch's order: nothing is drawn
+        return copy.deepcopy(self.generator).choice(len(self.X_train), self.batch_size)
 
     def _set_learning_rate(self, rate: float) -> None:
         for config in [self._config] if self._net is not None else self._configs.values():
@@ -440,7 +480,7 @@ class Solver:
         _check_samples(X, y, "X", "y")
         if num_samples is not None and len(X) > num_samples:
             chosen = self.generator.choice(len(X), num_samples)
-            X, y = _take(X, chosen), _take(y, chosen)
+            X, y = pick(X, chosen), pick(y, chosen)
         correct: Any = 0
         for start in range(0, len(X), batch_size):
             scores = self.model.loss(X[start : start + batch_size])
@@ -631,14 +671,6 @@ def _check_samples(X: Array, y: Array, X_name: str, y_name: str) -> None:
     if X.ndim < 2 or len(X) == 0:
         raise ValueError(f"{X_name} has shape {X.shape}, expected (N, d1, ...), N at least 1")
     _check.label_array(y, len(X), y_name)
-
-
-def _take(array: Array, chosen: Any) -> Array:
-    """Return the chosen samples; indices go to the array's device."""
-    if backend.is_cuda(array):
-        with backend.scope_of(array):
-            return array[backend.namespace(array).asarray(chosen)]
-    return array[chosen]
 
 
 def _optional(name: str, value: Any) -> int | None:

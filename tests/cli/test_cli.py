@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import select
@@ -17,6 +18,7 @@ import pytest
 
 import gpubn
 from gpubn import backend, cli
+from gpubn.train import batches, memory
 from gpubn.train import run as runs
 from gpubn.train.config import RunConfig
 from gpubn.train.optim import RULES
@@ -108,6 +110,35 @@ def test_a_run_tells_what_it_does(capsys, small):
     assert sorted(os.listdir("runs/tiny-1")) == sorted(runs.FILES)
 
 
+def test_where_batches_come_from_and_the_peak_are_told(capsys, small, device, monkeypatch):
+    told = {}
+    for free in (1000, 10**9):
+        monkeypatch.setattr(batches, "free_memory", lambda _, free=free: free)
+        line = f"train {small} --out out-{free}".replace("--device cpu", f"--device {device.name}")
+        code, out, _ = run(capsys, line)
+        assert code == 0
+        told[free] = re.findall("^batches  (.*)$", out, re.MULTILINE)
+        assert len(re.findall(r"^peak memory \d+\.\d [kMG]B \(.*\)$", out, re.MULTILINE)) == 1
+    # 90 images of 6 float32 and labels of 8 bytes.
+    takes = "the training set takes 2.9 kB,"
+    assert told == ({1000: [], 10**9: []} if device.kind == "cpu" else {
+        1000: [
+            f"from the host, each copied while the step before it runs: {takes} more than a "
+            "quarter of the 1.0 kB free on cuda:0; the validation set stays on the host"
+        ],
+        10**9: [f"from cuda:0: {takes} at most a quarter of the 1.0 GB free on cuda:0"],
+    })  # fmt: skip
+    assert metrics("out-1000") == metrics("out-1000000000")
+
+
+def test_the_peak_that_a_system_does_not_tell(capsys, small, monkeypatch):
+    monkeypatch.setattr(memory, "_high_water_mark", lambda: None)
+    monkeypatch.setattr(memory, "_max_resident", lambda: None)
+    code, out, _ = run(capsys, f"train {small} --out out")
+    assert code == 0
+    assert "\npeak memory unknown (this system does not tell" in out
+
+
 def test_the_fallback_is_told_once(capsys, caplog, small, monkeypatch):
     monkeypatch.setitem(backend._probes, 0, backend.Probe(False, "no GPU in this test"))
     _, out, err = run(capsys, f"train {small.replace('--device cpu', '')}")
@@ -160,8 +191,9 @@ def test_every_hyperparameter_has_a_flag(capsys, data):
 
 
 def metrics(folder):
-    with open(os.path.join(folder, runs.METRICS)) as file:
-        return [line.rpartition(",")[0] for line in file]
+    with open(os.path.join(folder, runs.METRICS), newline="") as file:
+        table = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in runs.NOT_REPEATED} for row in table]
 
 
 def test_the_defaults_learn_digits():
@@ -394,6 +426,7 @@ def test_a_signal_saves_and_says_how_to_go_on(process, data, number, code):
     assert b"stopping after this iteration" in err
     assert b"Traceback" not in err
     assert b"gpubn train --resume run" in out
+    assert re.search(rb"\npeak memory \d+\.\d MB \(resident, this process\)\n", out)
     assert sorted(os.listdir("run")) == sorted([runs.CONFIG, runs.CHECKPOINT, runs.METRICS])
     iteration = int(re.search(rb"after iteration (\d+)", out)[1])
 

@@ -8,6 +8,10 @@ some things that they would take but that can only be mistakes: an argument of t
 non-contiguous array as a raw kernel's argument, an empty grid. What differs in its bits there
 differs here too: products add up in another order, a cast to float32 makes subnormals zero.
 
+Kernels and copies on the null stream are done when the call returns. Copies on a stream of its own
+(``non_blocking``) are done as late as CUDA may do them: when an event after them is waited for, or
+the stream is. So a wait that is missing shows in what is computed.
+
 ``ndarray`` is no subclass of ``numpy.ndarray``, as CuPy's is none: code that asks with
 ``isinstance`` which device an array is on gets the same answer as on a GPU, and
 ``numpy.asarray(x)`` raises.
@@ -27,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +59,19 @@ thread_order = os.environ.get("HOST_CUDA_THREAD_ORDER", "ascending")
 
 #: How many times an array has come to the host since this module was imported.
 device_to_host_copies = 0
+
+#: How many times an array has come from the host, on any stream.
+host_to_device_copies = 0
+
+#: How many times all work of the device, or of the null stream, was waited for.
+synchronisations = 0
+
+#: What streams and events were told, in order: ("record", stream, event), ("wait", stream, event),
+#: ("copy", stream, address on the device), ("synchronize", None, event). A test empties it first.
+stream_log: list[tuple[str, Any, Any]] = []
+
+#: How many bytes runtime.memGetInfo() says are free; a test may set another number.
+free_memory = 8 << 30
 
 #: What runtime.getDeviceProperties() returns; a test may set another number of multiprocessors.
 device_properties: dict[str, Any] = {
@@ -133,6 +151,11 @@ def _count_copy() -> None:
     device_to_host_copies += 1
 
 
+def _count_upload() -> None:
+    global host_to_device_copies
+    host_to_device_copies += 1
+
+
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     """An array that stands for one in device memory."""
 
@@ -202,7 +225,14 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
             raise ValueError(
                 f"{arr.dtype} array of shape {arr.shape} set to {self.dtype} of {self.shape}"
             )
-        self._host[...] = arr
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
+        _count_upload()
+        # What is not pinned is read before the call returns.
+        source = arr if _is_pinned(arr) and arr.flags.c_contiguous else arr.copy()
+        stream = Stream.null if stream is None else stream
+        stream_log.append(("copy", stream, self.data.ptr))
+        stream._do(lambda: np.copyto(self._host, source))
 
     # On the device.
 
@@ -342,6 +372,7 @@ def asarray(a, dtype=None, order=None, *, copy=None, blocking=False):
 def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocking=False):
     if isinstance(obj, ndarray):
         return _call(np.array, obj, dtype=dtype, copy=copy or None, order=order, ndmin=ndmin)
+    _count_upload()
     if isinstance(obj, np.ndarray):  # the only way in for host memory, and always a copy
         return _to_device(np.array(obj, dtype=dtype, copy=True, order=order, ndmin=ndmin))
     return _call(np.array, obj, dtype=dtype, order=order, ndmin=ndmin)
@@ -863,7 +894,7 @@ class Device:
         pass
 
     def synchronize(self):
-        pass
+        _synchronize()
 
     @property
     def compute_capability(self):
@@ -875,26 +906,141 @@ class Device:
 
     @property
     def mem_info(self):
-        return device_properties["totalGlobalMem"], device_properties["totalGlobalMem"]
+        return _memory_info()
+
+
+def _memory_info() -> tuple[int, int]:
+    return free_memory, device_properties["totalGlobalMem"]
+
+
+_streams: "weakref.WeakSet[Stream]" = weakref.WeakSet()
 
 
 class Stream:
-    """cupy.cuda.Stream: everything has finished when a call returns."""
+    """cupy.cuda.Stream. Kernels run on the null stream only; other streams copy."""
 
     null: "Stream"
-    ptr = 0
+
+    def __init__(self, null=False, non_blocking=False, ptds=False):
+        self.ptr = 0 if null else id(self)
+        # Any other waits for the null stream, and it for them: here that is to be done at once.
+        self._late = non_blocking and not null
+        self._queue: list[Callable[[], object]] = []
+        self._done = 0
+        _streams.add(self)
+
+    def _do(self, work: Callable[[], object]) -> None:
+        self._queue.append(work)
+        if not self._late:
+            self._run_to(self._end())
+
+    def _end(self) -> int:
+        """Return how many pieces of work it has been given."""
+        return self._done + len(self._queue)
+
+    def _run_to(self, end: int) -> None:
+        while self._done < end:
+            self._done += 1
+            self._queue.pop(0)()
+
+    def record(self, event=None):
+        event = Event() if event is None else event
+        event._of, event._end = self, self._end()
+        stream_log.append(("record", self, event))
+        return event
+
+    def wait_event(self, event):
+        stream_log.append(("wait", self, event))
+        of, end = event._of, event._end  # a later recording does not count
+        if of is not None:
+            self._do(lambda: of._run_to(end))
 
     def synchronize(self):
-        pass
+        if self.ptr == 0:
+            _synchronize()
+        self._run_to(self._end())
+
+    @property
+    def done(self):
+        return not self._queue
 
     def __enter__(self):
+        if self.ptr != 0:
+            raise NotImplementedError("the stand-in runs kernels on the null stream only")
         return self
 
     def __exit__(self, *error):
         pass
 
 
-Stream.null = Stream()
+Stream.null = Stream(null=True)
+
+
+class Event:
+    """cupy.cuda.Event."""
+
+    def __init__(self, block=False, disable_timing=False, interprocess=False):
+        self._of: Stream | None = None
+        self._end = 0
+
+    def record(self, stream=None):
+        (Stream.null if stream is None else stream).record(self)
+
+    def synchronize(self):
+        stream_log.append(("synchronize", None, self))
+        if self._of is not None:
+            self._of._run_to(self._end)
+
+    @property
+    def done(self):
+        return self._of is None or self._of._done >= self._end
+
+
+def _synchronize() -> None:
+    global synchronisations
+    synchronisations += 1
+    for stream in list(_streams):
+        stream._run_to(stream._end())
+
+
+def pending_copies() -> int:
+    """Return how much work streams have been given and nobody has waited for."""
+    return sum(len(stream._queue) for stream in list(_streams))
+
+
+class PinnedMemoryPointer(bytearray):
+    """cupy.cuda.PinnedMemoryPointer: there is more of it than was asked for, and it is not zero."""
+
+    def __init__(self, size: int):
+        super().__init__(b"\xff" * (-(-size // 512) * 512 + 512))
+
+
+def _is_pinned(array: np.ndarray) -> bool:
+    base = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    return isinstance(base, PinnedMemoryPointer)
+
+
+class MemoryPool:
+    """cupy.cuda.MemoryPool: its numbers are what a test sets."""
+
+    total, used, limit = 96 << 20, 32 << 20, 0
+
+    def total_bytes(self):
+        return self.total
+
+    def used_bytes(self):
+        return self.used
+
+    def free_bytes(self):
+        return self.total - self.used
+
+    def get_limit(self):
+        return self.limit
+
+
+memory_pool = MemoryPool()
 
 
 class _Module(types.ModuleType):
@@ -930,7 +1076,8 @@ runtime = _Module(
     getDevice=lambda: 0,
     getDeviceCount=lambda: 1,
     getDeviceProperties=_properties,
-    deviceSynchronize=lambda: None,
+    deviceSynchronize=_synchronize,
+    memGetInfo=_memory_info,
     driverGetVersion=lambda: 13000,
     runtimeGetVersion=lambda: 13000,
 )
@@ -944,6 +1091,10 @@ cuda = _Module(
     ),
     Device=Device,
     Stream=Stream,
+    Event=Event,
+    PinnedMemoryPointer=PinnedMemoryPointer,
+    alloc_pinned_memory=PinnedMemoryPointer,
+    MemoryPool=MemoryPool,
     get_current_stream=lambda: Stream.null,
     is_available=lambda: True,
 )
@@ -960,6 +1111,7 @@ module = _Module(
     empty_like=empty_like,
     asnumpy=asnumpy,
     get_array_module=get_array_module,
+    get_default_memory_pool=lambda: memory_pool,
     RawModule=RawModule,
     RawKernel=RawKernel,
     ElementwiseKernel=ElementwiseKernel,

@@ -407,6 +407,114 @@ def test_array_functions_stay_on_the_device(cupy, copies):
     assert not uploaded.any()  # copies, not views
 
 
+def pinned(cupy, count):
+    memory = cupy.cuda.alloc_pinned_memory(8 * count)
+    host = np.ndarray(count, np.float64, buffer=memory)
+    assert np.isnan(host).all()
+    assert len(memory) > 8 * count  # CuPy rounds up, too
+    return host
+
+
+def test_copies_on_a_stream_of_its_own_come_late(cupy):
+    stream, event = cupy.cuda.Stream(non_blocking=True), cupy.cuda.Event(disable_timing=True)
+    host, there = pinned(cupy, 3), cupy.zeros(3)
+    pending = cupy_stand_in.pending_copies()
+    host[:] = 1
+    there.set(host, stream)
+    stream.record(event)
+    assert not there.any()
+    assert not event.done
+    assert not stream.done
+    assert cupy_stand_in.pending_copies() == pending + 1
+    host[:] = 2  # too early: the copy has not been
+    cupy.cuda.Stream.null.wait_event(event)
+    assert there.tolist() == [2, 2, 2]
+    assert event.done
+    assert stream.done
+
+    there.set(np.full(3, 3.0), stream)  # not pinned: read at once
+    stream.synchronize()
+    assert there.tolist() == [3, 3, 3]
+    for wait in (
+        event.synchronize,
+        cupy.cuda.Device().synchronize,
+        cupy.cuda.runtime.deviceSynchronize,
+        cupy.cuda.Stream.null.synchronize,
+    ):
+        host += 10
+        there.set(host, stream)
+        event.record(stream)
+        assert there[0] < host[0]
+        wait()
+        assert there[0] == host[0]
+
+
+def test_events_say_how_far_a_stream_had_come(cupy):
+    first, second = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    host, a, b = pinned(cupy, 1), cupy.zeros(1), cupy.zeros(1)
+    host[:] = 7
+    a.set(host, first)
+    event = first.record()
+    b.set(host, first)  # after it
+    second.wait_event(event)
+    assert not a.any()
+    second.synchronize()
+    assert (a.tolist(), b.tolist()) == ([7], [0])
+    cupy.cuda.Event().synchronize()  # never recorded: nothing to wait for
+    second.wait_event(cupy.cuda.Event())
+    second.synchronize()
+    assert b.tolist() == [0]
+    first.synchronize()
+
+
+def test_other_streams_copy_at_once(cupy):
+    host, there = pinned(cupy, 2), cupy.zeros(2)
+    for value, stream in enumerate((None, cupy.cuda.Stream.null, cupy.cuda.Stream()), 1):
+        host[:] = value
+        there.set(host, stream)
+        assert there.tolist() == [value, value]
+    with pytest.raises(RuntimeError, match="non-contiguous"):
+        cupy.zeros((2, 2))[:, 0].set(host)
+    with pytest.raises(NotImplementedError), cupy.cuda.Stream(non_blocking=True):
+        pass
+
+
+def test_copies_from_the_host_and_waits_are_counted(cupy):
+    host, there = np.ones(2), cupy.zeros(2)
+    start = cupy_stand_in.host_to_device_copies
+    for count, copy in enumerate(
+        (
+            lambda: cupy.asarray(host),
+            lambda: cupy.array([1, 2]),
+            lambda: there.set(host),
+            lambda: there.set(host, cupy.cuda.Stream(non_blocking=True)),
+        ),
+        1,
+    ):
+        copy()
+        assert cupy_stand_in.host_to_device_copies - start == count
+    cupy.asarray(there)
+    cupy.array(there)
+    assert cupy_stand_in.host_to_device_copies - start == 4
+    start = cupy_stand_in.synchronisations
+    stream = cupy.cuda.Stream(non_blocking=True)
+    stream.synchronize()
+    stream.record().synchronize()
+    assert cupy_stand_in.synchronisations == start  # of one stream only
+    cupy.cuda.Stream.null.synchronize()
+    cupy.cuda.runtime.deviceSynchronize()
+    cupy.cuda.Device().synchronize()
+    assert cupy_stand_in.synchronisations == start + 3
+
+
+def test_memory(cupy, monkeypatch):
+    monkeypatch.setattr(cupy_stand_in, "free_memory", 5)
+    assert cupy.cuda.runtime.memGetInfo() == cupy.cuda.Device().mem_info == (5, 8 << 30)
+    pool = cupy.get_default_memory_pool()
+    assert pool.free_bytes() + pool.used_bytes() == pool.total_bytes() > 0
+    assert pool.get_limit() == 0
+
+
 def test_devices(cupy):
     assert cupy.cuda.is_available()
     assert cupy.cuda.runtime.getDeviceCount() == 1

@@ -198,8 +198,7 @@ def test_groupnorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order
 
 def layernorm(kernels: Any, x: Any, dout: Any, gamma: Any, beta: Any) -> tuple[Any, ...]:
     out, *stats = kernels.forward(x, gamma, beta, 1e-5)
-    dx = kernels.backward_dx(dout, x, gamma, *stats)
-    return (out, *stats, dx, *kernels.backward_sums(dout, x, *stats))
+    return (out, *stats, *kernels.backward(dout, x, gamma, *stats))
 
 
 @in_either_order
@@ -222,8 +221,7 @@ def test_rows_of_half_precision(half: Any, kind: str, rng: np.random.Generator) 
 
 def rmsnorm(kernels: Any, x: Any, dout: Any, gamma: Any) -> tuple[Any, ...]:
     out, invrms = kernels.forward(x, gamma, 1e-5)
-    dx = kernels.backward_dx(dout, x, gamma, invrms)
-    return out, invrms, dx, kernels.backward_sums(dout, x, invrms)
+    return (out, invrms, *kernels.backward(dout, x, gamma, invrms))
 
 
 @in_either_order
@@ -468,7 +466,10 @@ def test_moments_merge_as_if_taken_together(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
-def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator) -> None:
+def test_threads_do_not_show(
+    threads: int, dtype: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpubn.kernels.threads.WORTH_SPLITTING", 1)
     names = ("batchnorm", "groupnorm", "layernorm", "rmsnorm", "samples", "dropout", "gemm")
     norm, group, rows, rms, samples, masks, gemm, scores, norms = (
         importlib.import_module(f"gpubn.kernels.{op}_numba") for op in (*names, "losses", "l2")
@@ -478,7 +479,7 @@ def test_threads_do_not_show(threads: int, dtype: Any, rng: np.random.Generator)
         gamma, beta = x[0], x[1]
         out, *stats = rows.forward(x, gamma, beta, 1e-5)
         results = [
-            *(out, rows.backward_dx(dout, x, gamma, *stats), *rows.backward_sums(dout, x, *stats)),
+            *(out, *rows.backward(dout, x, gamma, *stats)),
             *rms.forward(x, gamma, 1e-5),
             *(masks.apply(x, 0.5, 1, 2, 3), norms.sum_of_squares(x)),
             *(gemm.matmul(x, dout[:20].T), gemm.matmul(x.T, dout[:, :9].copy())),

@@ -197,7 +197,9 @@ def test_results_are_where_the_inputs_are(
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Split work however small it is."""
+    monkeypatch.setattr("gpubn.kernels.threads.WORTH_SPLITTING", 1)
     before = get_num_threads()
     yield
     set_num_threads(before)

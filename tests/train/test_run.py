@@ -73,7 +73,8 @@ class Stop(runs.Watcher):
 
 def rows(folder):
     with open(folder / runs.METRICS, newline="") as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+        table = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in runs.NOT_REPEATED} for row in table]
 
 
 def same(one, other):

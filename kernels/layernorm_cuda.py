@@ -47,10 +47,10 @@ def backward(
         (THREADS,),
         (dout, x, gamma, shift, mean, invstd, dx, np.int64(x.shape[1])),
     )
-    return dx, *row_gradients(dout, x, shift, mean, invstd)
+    return dx, *reduce_rows(dout, x, shift, mean, invstd)
 
 
-def row_gradients(
+def reduce_rows(
     dout: Array, x: Array, shift: Array, mean: Array, invstd: Array
 ) -> tuple[Array, Array]:
     """Return the sums over rows of ``dout * xhat`` and ``dout``; for statistics of a row each."""

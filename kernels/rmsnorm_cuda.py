@@ -5,7 +5,7 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels.compile_cuda import contiguous, kernel, source
-from gpubn.kernels.layernorm_cuda import row_gradients
+from gpubn.kernels.layernorm_cuda import reduce_rows
 from gpubn.kernels.samples_cuda import THREADS
 from gpubn.kernels.statistics import accumulator
 
@@ -40,4 +40,4 @@ def backward(
         (x.shape[0],), (THREADS,), (dout, x, gamma, invrms, dx, np.int64(x.shape[1]))
     )
     zeros = cupy.zeros_like(invrms)  # layer norm's shift and mean, of a row that has none
-    return dx, row_gradients(dout, x, zeros, zeros, invrms)[0]
+    return dx, reduce_rows(dout, x, zeros, zeros, invrms)[0]

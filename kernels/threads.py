@@ -22,7 +22,8 @@ WORTH_SPLITTING = (1 << 19) + 1
 Half of a smaller array would have to move from one core's cache to another's.
 """
 
-_PIECE = 1 << 15  # elements of a piece of work, at least
+PIECE = 1 << 15
+"""Elements of a piece of work, at least."""
 _PIECES = 8  # of a thread, at most: they even out the threads' speeds
 
 _threads: int | None = None
@@ -148,7 +149,7 @@ def pieces_of(elements: int) -> int:
     threads = get_num_threads()
     if threads == 1 or elements < WORTH_SPLITTING:
         return 1
-    return min(_PIECES * threads, max(threads, elements // _PIECE))
+    return min(_PIECES * threads, max(threads, elements // PIECE))
 
 
 def split(run: Callable[[int, int], None], count: int, elements: int) -> None:

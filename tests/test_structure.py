@@ -138,9 +138,7 @@ def functions(module: ModuleType) -> dict[str, inspect.Signature]:
         and value.__module__ == module.__name__
         and not name.startswith("_")
         # How a device reduces channels, and what Numba's compiled code calls for a scalar.
-        and not re.match(
-            "reduce_channels|merge_parts|accumulator|without_inner|middle|\\w+_of", name
-        )
+        and not re.match("reduce_\\w+|merge_parts|middle|\\w+_of", name)
     }
 
 

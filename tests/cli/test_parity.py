@@ -524,8 +524,8 @@ def test_quick_cases_are_the_grids_first(op: str) -> None:
     assert Plan.of([op]).seeds == {op: range(len(full) + RANDOM)}
     assert {dtype for _, dtype, _ in quick} == set(operation.dtypes)
     assert {kind for _, _, kind in quick} == set(KINDS)
-    # Some are large enough to be split among threads as in use.
-    assert any(np.prod(shape) >= 3 * threads.WORTH_SPLITTING for shape, _, _ in full)
+    # Some are large enough to be split among threads in pieces as large as in use.
+    assert any(np.prod(shape) >= 8 * threads.PIECE for shape, _, _ in full)
 
 
 def test_every_result_is_held_to_a_bound(op: str) -> None:

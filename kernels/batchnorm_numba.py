@@ -37,8 +37,6 @@ from gpubn.kernels.vectors_numba import (
     where_positive,
 )
 
-_CACHED = 1 << 22  # bytes of an array that is taken by one thread, all channels at once
-
 
 def train(
     x: Array,
@@ -112,7 +110,7 @@ def _at_once(
     pieces = pieces_of(x.size)
     if inner > 1 and channels >= min(pieces, 2 * get_num_threads()):
         return by_plane, channels
-    if inner == 1 and pieces == 1 and x.nbytes <= _CACHED:
+    if inner == 1 and pieces == 1:
         return by_column, 1
     return None, 0
 
@@ -418,7 +416,7 @@ def _train_columns(
     shift, mean, scale = channels[0], channels[1], channels[4]
     parts = channels[1:3].reshape(2, 1, columns)
     _shift(x, shift, 0, columns)
-    column_moments(x, shift, parts, 8 * batch, 0, 1, 0, 1, 0, columns)
+    column_moments(x, shift, parts, batch, 0, 1, 0, 1, 0, columns)  # one tile
     _describe(
         *(gamma, running_mean, running_var, eps, momentum, complement, correction),
         *(channels, 0, columns),
@@ -501,7 +499,7 @@ def _backward_columns(
     parts = channels[:2].reshape(2, 1, columns)
     dgamma, dbeta, constant, slope = channels[0], channels[1], channels[2], channels[3]
     column_gradients(
-        *(dout, x, shift, mean, invstd, scale, beta, None, None, parts, 8 * batch),
+        *(dout, x, shift, mean, invstd, scale, beta, None, None, parts, batch),
         *(0, 1, 0, 1, 0, columns),
     )
     _gradients(scale, dgamma, dbeta, channels.dtype.type(batch), constant, slope)

@@ -2,8 +2,8 @@
 
 A task takes some instances, tiles of rows and columns. Within a tile it walks leaf by leaf, a
 vector of columns at a time, and keeps a binary counter of finished subtrees: level l holds the node
-of 2^l leaves while bit l of the number of leaves is set. A node is an array ``(K, W)``: K values
-for each of W columns.
+of 2^l leaves while bit l of the number of leaves is set. A node is an array ``(K, P)``: K values
+for each column, and P a whole number of vectors.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from gpubn.kernels.vectors_numba import (
     lanes,
     load,
     load_part,
-    mask,
+    put_relu_gradient,
     read,
     rounded,
     store,
@@ -63,7 +63,7 @@ def copy_row(x: Any, first: int, out: Any, at: int, count: int) -> None:
 
 @compiled
 def counter(like: Any, width: int, leaves: int, columns: int) -> Any:
-    """Return a counter of so many leaves, ``(levels, K, W)``, for K values of each column.
+    """Return a counter of so many leaves, ``(levels, K, P)``, for K values of each column.
 
     A node's rows are whole vectors; what lies behind the last column is of no account.
     """
@@ -87,7 +87,7 @@ def _push_sum(levels: Any, at: int, count: int, total: Any) -> None:
 
 @compiled
 def fold_sums(levels: Any, count: int, node: Any, started: bool) -> None:
-    """Sum what a counter holds into ``node (K, W)``, which has a shorter leaf if ``started``."""
+    """Sum what a counter holds into ``node (K, P)``, which has a shorter leaf if ``started``."""
     level, size = 0, node.size
     while count:
         if count & 1:
@@ -113,16 +113,15 @@ def _push_moments(levels: Any, at: int, count: int, node: Any, half: Any) -> Non
 
 @compiled
 def fold_moments(levels: Any, count: int, unit: int, node: Any, rows: int) -> None:
-    """Merge what a counter holds, of ``unit`` rows a leaf, into ``node (2, W)``.
+    """Merge what a counter holds, of ``unit`` rows a leaf, into ``node (2, P)``.
 
     ``node`` has the last ``rows`` rows, perhaps none.
     """
-    real, padded, half = node.dtype.type, node.shape[1], fill(node.dtype.type(0.5))
-    level = 0
+    real, padded, level = node.dtype.type, node.shape[1], 0
     while count:
         if count & 1:
             left_rows = unit << level
-            # Chan, Golub and LeVeque 1979, in means instead of sums. Equal halves need no division.
+            # Chan, Golub and LeVeque 1979, in means instead of sums.
             total = real(left_rows + rows)
             u, t = fill(real(left_rows) / total), fill(real(rows) / total)
             for j in range(0, padded, lanes(node)):
@@ -131,9 +130,7 @@ def fold_moments(levels: Any, count: int, unit: int, node: Any, rows: int) -> No
                 b = load(node, j), load(node, padded + j)
                 if rows == 0:
                     b = a
-                elif rows == left_rows:
-                    b = merged_equal(a, b, half)
-                else:
+                else:  # shorter than what is left of it
                     delta = b[0] - a[0]
                     v = (a[1] * u + b[1] * t) + (delta * u) * (delta * t)
                     b = a[0] + delta * t, v
@@ -371,7 +368,7 @@ def gradients(
                     count, r = min(8, rows - leaf * 8), start + leaf * 8
                     if out is not None:
                         for i in range(r, r + count):
-                            mask(dout, out, dresidual, row(x, instance, i) + a, b - a)
+                            put_relu_gradient(dout, out, dresidual, row(x, instance, i) + a, b - a)
                         gradient_leaf(
                             *(dresidual, x, statistics, None, None, None),
                             *(instance, r, count, a, b, levels, leaf, node),

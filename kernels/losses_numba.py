@@ -32,7 +32,7 @@ def _mean_loss(kernel: Callable[..., None], x: Array, y: Array) -> tuple[Array, 
     x, y = plain(x, y)
     losses, dx = np.empty(x.shape[0], x.dtype), np.empty_like(x)
     split(lambda a, b: kernel(x, y, losses, dx, a, b), x.shape[0], x.size)
-    total = channel_sum(losses[None, :, None, None])[0]
+    total = channel_sum(losses[None, None, None])[0]
     return np.asarray(total / x.dtype.type(x.shape[0])), dx
 
 

@@ -16,6 +16,8 @@ import math
 import os
 import sys
 import threading
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,57 +31,86 @@ _ALIGN = 64  # a vector, and a cache line
 class Pool:
     """Pieces of memory, those that lie idle by their size.
 
-    Attributes
-    ----------
-    used, idle, most : int
-        Bytes that arrays are in, that lie idle, and the most that arrays were in at once.
+    What is done here may be left at any point by an interrupt, and entered again at any point: by a
+    signal's handler, or by what the garbage collector calls. So nothing relies on two things being
+    changed together: at worst a piece goes back to the system early, or ``used`` is a little off.
     """
 
     def __init__(self) -> None:
-        self.used = self.idle = self.most = 0
+        self._used = self._most = 0  # bytes in use, and the most at once
         self._pieces: dict[int, list[Any]] = {}  # the size that was used last is the last one
+        self._returned: deque[Any] = deque()  # what came back and is not yet among them
         self.renew_lock()
 
     def renew_lock(self) -> None:
         """Forget who holds the lock: after a fork nobody does."""
-        # Reentrant: a piece may come back, by the garbage collector, in the middle of `take`.
         self._lock = threading.RLock()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return the bytes in use, those that lie idle, and the most that were in use at once."""
+        with self._lock:
+            self._collect()
+            return self._used, self._idle(), self._most
 
     def take(self, size: int) -> Any:
         """Return a piece of ``size`` bytes."""
         with self._lock:
-            pieces = self._pieces.pop(size, None)
-            piece = pieces.pop() if pieces else None
-            if pieces:
+            self._collect()
+            pieces = self._pieces.pop(size, [])
+            if len(pieces) > 1:
                 self._pieces[size] = pieces
+            piece = _popped(pieces.pop)
             if piece is None:
-                self.release(max(self.most - self.used - size, 0))
-                piece = np.empty(size, np.uint8)
-            else:
-                self.idle -= size
-            self.used += size
-            self.most = max(self.most, self.used)
+                piece = self._allocate(size)
+            self._used += size
+            self._most = max(self._most, self._used)
         return piece
 
     def give_back(self, piece: Any) -> None:
         """Let a piece lie idle."""
-        with self._lock:
-            size = piece.nbytes
-            pieces = self._pieces.pop(size, None) or []
-            self._pieces[size] = [*pieces, piece]
-            self.used -= size
-            self.idle += size
+        self._returned.append(piece)
 
-    def release(self, keep: int = 0) -> None:
-        """Give idle memory back to the system, save so many bytes, what was used last."""
+    def release(self) -> None:
+        """Give all idle memory back to the system."""
         with self._lock:
-            while self.idle > keep:
-                size = next(iter(self._pieces))
-                pieces = self._pieces[size]
-                pieces.pop(0)
-                self.idle -= size
-                if not pieces:
-                    del self._pieces[size]
+            self._collect()
+            self._keep(0)
+
+    def _allocate(self, size: int) -> Any:
+        self._keep(self._most - self._used - size)
+        try:
+            return np.empty(size, np.uint8)
+        except MemoryError:  # what lies idle may make room
+            self._keep(0)
+            return np.empty(size, np.uint8)
+
+    def _collect(self) -> None:
+        while (piece := _popped(self._returned.popleft)) is not None:
+            self._used -= piece.nbytes
+            pieces = self._pieces.pop(piece.nbytes, [])
+            pieces.append(piece)
+            self._pieces[piece.nbytes] = pieces
+
+    def _idle(self) -> int:
+        return sum(size * len(pieces) for size, pieces in list(self._pieces.items()))
+
+    def _keep(self, most: int) -> None:
+        """Give idle memory back to the system, save so many bytes, what was used last."""
+        excess = self._idle() - max(most, 0)
+        for size in list(self._pieces):
+            pieces = self._pieces.get(size, [])
+            while excess > 0 and _popped(pieces.pop) is not None:
+                excess -= size
+            if not pieces:
+                self._pieces.pop(size, None)
+
+
+def _popped(pop: Callable[[], Any]) -> Any:
+    """Return what ``pop`` does, and None of what is empty."""
+    try:
+        return pop()
+    except IndexError:
+        return None
 
 
 pool = Pool()

@@ -1,8 +1,9 @@
 """The sample order where samples are neighbours: channels first, and the values of a row.
 
-Samples go through a buffer, a block of ``64 W`` at a time, for W the lanes of a vector. A block is
-reduced in registers, to a vector of W nodes of 64 samples; the nodes of up to 64 blocks are merged
-in passes over pairs, and what these give by a binary counter.
+Neighbouring channels are taken together, and each one's samples go through a buffer, a block of
+``64 W`` at a time, for W the lanes of a vector; a row lies in a buffer whole. A block is reduced in
+registers, to a vector of W nodes of 64 samples. The nodes of 64 blocks are merged in passes over
+pairs, to one node, and these go to a binary counter.
 """
 
 from typing import Any
@@ -17,8 +18,8 @@ from gpubn.kernels.vectors_numba import (
     load,
     load_leaves,
     load_part,
-    mask,
     odds,
+    put_relu_gradient,
     read,
     rounded,
     store,
@@ -27,9 +28,10 @@ from gpubn.kernels.vectors_numba import (
 
 NODE = 64  # values of a node that registers give
 BLOCKS = 64  # merged in passes over pairs
-_LEVELS = 64
+_LEVELS = 64  # of a counter of any number
 _RUN = 1 << 16  # bytes of neighbouring channels that memory is read in at once
-_GROUP = 1 << 22  # bytes of a group of channels, which is to stay in the last cache
+_GROUP = 1 << 22  # bytes of a thread's group of channels, which is to stay in the last cache
+_MOST = 256  # channels of a group: each has a buffer of its own
 
 
 @inlined
@@ -336,12 +338,15 @@ def group_of(x: Any) -> Any:
     Memory is read faster in long runs, and a group is read twice: from memory, then from a cache.
     """
     size = x.shape[3] * x.itemsize
-    return max(1, min(_RUN // size, _GROUP // (x.shape[1] * size)))
+    return max(1, min(_RUN // size, _GROUP // (x.shape[1] * size), _MOST))
 
 
 @inlined
 def copy_less(x: Any, first: int, count: int, shift: Any, out: Any, at: int) -> None:
-    """Write elements of x less a vector to a buffer from ``at`` on, with room for one more."""
+    """Write elements of x less a vector to a buffer from ``at`` on.
+
+    Vectors are written whole: what lies up to one behind is overwritten.
+    """
     w, part = lanes(x), count % lanes(x)
     for i in range(0, count - w + 1, w):
         store(out, at + i, load(x, first + i) - shift)
@@ -505,10 +510,10 @@ def group_gradients(
             while left:
                 take = min(size - filled, left)
                 if out is not None:
-                    mask(dout, out, dresidual, source, take)
-                    _gradient_row(dresidual, x, source, take, k, m, s, None, None, j, g, h, filled)
+                    put_relu_gradient(dout, out, dresidual, source, take)
+                    _gradient_row(dresidual, x, source, take, k, m, s, None, None, j, h, g, filled)
                 else:
-                    _gradient_row(dout, x, source, take, k, m, s, scale, beta, j, g, h, filled)
+                    _gradient_row(dout, x, source, take, k, m, s, scale, beta, j, h, g, filled)
                 source, left, filled = source + take, left - take, filled + take
                 if filled == size:
                     _put_sum(work[2 * c], number, h, 0)
@@ -535,11 +540,11 @@ def _gradient_row(
     scale: Any,
     beta: Any,
     channel: int,
-    g: Any,
     h: Any,
+    g: Any,
     at: int,
 ) -> None:
-    """Write ``g`` and ``g * xhat`` of neighbouring samples to buffers, from ``at`` on."""
+    """Write ``g * xhat`` and ``g`` of neighbouring samples to buffers, as ``copy_less`` does."""
     w, part = lanes(x), count % lanes(x)
     for i in range(0, count - w + 1, w):
         hv, gv = _gradient(dout, x, source + i, k, m, s, scale, beta, channel, None)

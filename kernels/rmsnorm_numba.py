@@ -106,7 +106,7 @@ def _backward(
                 *(dout4, x4, statistics, None, None, True),
                 *(0, r, count, 0, columns, levels, (r - start) // 8, node),
             )
-        fold_sums(levels, (end - start) // 8, node, end % 8 > 0)
+        fold_sums(levels, (end - start) // 8, node, (end - start) % 8 > 0)
         put_parts(node, parts, tile, 0, columns)
 
 

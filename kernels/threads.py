@@ -19,7 +19,7 @@ from queue import SimpleQueue
 WORTH_SPLITTING = (1 << 19) + 1
 """Elements below which waking another thread costs more than it saves.
 
-Half of a smaller array would have to move from one core's cache to another's.
+The half of such an array that another core takes has to move from the first one's cache to its own.
 """
 
 PIECE = 1 << 15
@@ -81,10 +81,12 @@ class _Job:
             if not self.todo:
                 return
             self.running += 1
+            self.idle.clear()
         try:
             self.take_pieces(self.todo.pop)
         except BaseException as error:  # goes on in the calling thread
             self.error = error
+            self.todo.clear()
         with self.lock:
             self.running -= 1
             if not self.running:
@@ -99,23 +101,31 @@ class _Job:
             self.run(*piece)
 
     def finish(self) -> None:
-        """Wait until no thread is at work, come what may: the arrays must not change hands before.
+        """Wait until no thread is at work, for the arrays must not change hands before.
 
         Interrupts wait too, and are raised then.
         """
-        self.todo.clear()
         interrupt: BaseException | None = None
-        while self.running:
+        while True:
             try:
-                self.idle.wait(1)
+                self.todo.clear()
+                while self.running:
+                    self.idle.wait()
+                break
             except BaseException as error:
                 interrupt = error
+        self.run = _nothing  # who comes late finds nothing to do, and keeps no arrays alive
         if interrupt is not None:
             raise interrupt
 
 
+def _nothing(start: int, stop: int) -> None:
+    """Do no work."""
+
+
 _jobs: SimpleQueue[_Job] = SimpleQueue()
 _workers = 0
+_starting = threading.Lock()
 
 
 def _work(jobs: SimpleQueue[_Job]) -> None:
@@ -123,21 +133,30 @@ def _work(jobs: SimpleQueue[_Job]) -> None:
         jobs.get().help()
 
 
-def _start_workers(count: int) -> None:
-    """Let there be ``count`` threads that wait for work; they end with the process."""
+def _start_workers(count: int) -> int:
+    """Let there be ``count`` threads that wait for work, and end with the process.
+
+    Returns how many there are: fewer where the system gives no more.
+    """
     global _workers
-    while _workers < count:
-        _workers += 1
-        worker = threading.Thread(target=_work, args=(_jobs,), name="gpubn", daemon=True)
+    if _workers < count and _starting.acquire(blocking=False):  # else another caller is at it
         try:
-            worker.start()
-        except RuntimeError:  # the interpreter is about to end, and starts no more threads
-            return
+            while _workers < count:
+                worker = threading.Thread(target=_work, args=(_jobs,), name="gpubn", daemon=True)
+                worker.start()
+                _workers += 1
+        except (
+            RuntimeError
+        ):  # "can't start new thread": a limit, or the interpreter is about to end
+            pass
+        finally:
+            _starting.release()
+    return min(_workers, count)
 
 
 def _forget_workers() -> None:
-    global _jobs, _workers
-    _jobs, _workers = SimpleQueue(), 0
+    global _jobs, _workers, _starting
+    _jobs, _workers, _starting = SimpleQueue(), 0, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -170,9 +189,8 @@ def split(run: Callable[[int, int], None], count: int, elements: int) -> None:
         return
     bounds = [count * piece // pieces for piece in range(pieces + 1)]
     job = _Job(run, list(pairwise(bounds)))
-    _start_workers(threads - 1)
     try:
-        for _ in range(min(threads, pieces) - 1):
+        for _ in range(_start_workers(min(threads, pieces) - 1)):
             _jobs.put(job)
         # From the other end than the helpers: what a thread took before is in its caches still.
         job.take_pieces(job.todo.popleft)

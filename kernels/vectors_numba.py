@@ -17,6 +17,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 from numba.core.datamodel.models import PrimitiveModel
+from numba.core.errors import TypingError
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, register_model
 
@@ -268,6 +269,8 @@ def _loaded(context: Any, builder: Any, kind: Any, array: Any, first: Any) -> An
 
 
 def _address(context: Any, builder: Any, kind: Any, array: Any, first: Any) -> Any:
+    if kind.layout != "C":  # elements are counted as they lie in memory
+        raise TypingError(f"{kind} is no array in C order")
     data = context.make_array(kind)(context, builder, array).data
     stored = context.get_data_type(kind.dtype)
     vector = ir.VectorType(stored, _of(kind.dtype).count)
@@ -288,7 +291,7 @@ def _masked(builder: Any, what: str, kind: Any, arguments: list[Any], result: An
     return found or ir.Function(module, ir.FunctionType(result, arguments), name)
 
 
-# --- What kernels do with whole vectors and with the last, shorter one ----------------------------
+# --- Common uses ----------------------------------------------------------------------------------
 
 
 @inlined
@@ -300,16 +303,7 @@ def read(x: Any, j: int, part: int | None) -> Any:
 
 
 @inlined
-def write(x: Any, j: int, left: int, value: Any) -> None:
-    """Write a vector from element ``j`` on of a row that has so many left."""
-    if left >= lanes(x):
-        store(x, j, value)
-    else:
-        store_part(x, j, left, value)
-
-
-@inlined
-def mask(dout: Any, out: Any, g: Any, first: int, count: int) -> None:
+def put_relu_gradient(dout: Any, out: Any, g: Any, first: int, count: int) -> None:
     """Let elements of ``g`` be dout's where ``out > 0``, and else 0."""
     w, part = lanes(g), count % lanes(g)
     for i in range(first, first + count - w + 1, w):

@@ -40,17 +40,16 @@ class View(NamedTuple):
         """Return the kernels' view, contiguous: a copy only of what lies otherwise in memory."""
         return contiguous(array.transpose(self.order).reshape(self.shape))
 
-    def target(self, out: Array, **inputs: Array | None) -> Array:
-        """Return the kernels' view of an array to write to, which must share memory with no input.
+    def target(self, out: Array, x: Array, **others: Array | None) -> Array:
+        """Return the kernels' view of an array to write to, which shares memory with no input.
 
         Raises
         ------
         ValueError, TypeError
-            It is not as the inputs are, or lies otherwise in memory; nothing was changed.
+            It is not as x is, or lies otherwise in memory; nothing was changed.
         """
-        first = next(iter(inputs.values()))
         shape = tuple(self.moved[i] for i in self.inverse)
-        return writable(out, shape, self.order, first, inputs).reshape(self.shape)
+        return writable(out, x, shape, self.order, others).reshape(self.shape)
 
     def give(self, array: Array) -> Array:
         """Return a result of the kernels with the axes of the array that was viewed."""
@@ -101,14 +100,14 @@ def of_elements(x: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def writable(
     out: Array,
+    x: Array,
     shape: tuple[int, ...],
     order: tuple[int, ...],
-    x: Array,
-    inputs: Mapping[str, Array | None],
+    others: Mapping[str, Array | None],
 ) -> Array:
     """Return ``out`` with its axes in this order, in which it must be contiguous.
 
-    It must have this shape, x's dtype and device, and share memory with none of the inputs.
+    It must have this shape, x's dtype and device, and share no memory with x and the others.
 
     Raises
     ------
@@ -120,21 +119,22 @@ def writable(
         raise ValueError("out is read-only, expected an array to write to")
     moved = out.transpose(order)
     if not moved.flags.c_contiguous:
-        raise ValueError(
-            f"out has strides {out.strides}, expected the memory layout of x: empty_like(x) has it"
-        )
-    for name, value in inputs.items():
+        wanted = "C order" if order == tuple(range(out.ndim)) else f"its axes {order} in C order"
+        raise ValueError(f"out has strides {out.strides}, expected {wanted}, as x is read")
+    if not getattr(out.flags, "aligned", True):
+        raise ValueError(f"out is not aligned, expected it at a multiple of {out.itemsize} bytes")
+    for name, value in {"x": x, **others}.items():
         if value is not None and namespace(x).may_share_memory(out, value):
             raise ValueError(f"out shares memory with {name}, expected an array of its own")
     return moved
 
 
-def rows_of(out: Array, rows: Array, shape: tuple[int, ...], **inputs: Array) -> Array:
+def rows_of(out: Array, x: Array, rows: Array, shape: tuple[int, ...], **others: Array) -> Array:
     """Return an array to write to, of ``shape`` and in C order, in the shape of ``rows``.
 
     Raises as ``writable`` does.
     """
-    return writable(out, shape, tuple(range(len(shape))), rows, inputs).reshape(rows.shape)
+    return writable(out, x, shape, tuple(range(len(shape))), others).reshape(rows.shape)
 
 
 def contiguous(array: Array) -> Array:

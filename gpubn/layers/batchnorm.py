@@ -62,7 +62,8 @@ def batchnorm_forward(
     axis : int
         Which axis the channels are; -1 where they are last. Statistics run over all others.
     out : array, x's shape, dtype and memory layout, optional
-        Where to write the output; ``empty_like(x)`` makes one. It shares no memory with x.
+        Where to write the output; of a contiguous x ``empty_like(x)`` makes one. It shares no
+        memory with any other argument.
 
     Returns
     -------
@@ -257,7 +258,12 @@ def _forward(
     kernels = for_array("batchnorm", x)
     xp = namespace(x)
     with scope_of(x):
-        target = None if out is None else view.target(out, x=x, residual=residual)
+        target = None
+        if out is not None:
+            target = view.target(
+                *(out, x), residual=residual, gamma=gamma, beta=beta,
+                running_mean=running[0], running_var=running[1],
+            )  # fmt: skip
         taken, added = view.take(x), None if residual is None else view.take(residual)
         running_mean, running_var = (
             xp.zeros(channels, gamma.dtype) if value is None else value for value in running
@@ -301,7 +307,9 @@ def _backward(
     _check.like("dout", dout, shape, x)
     kernels = for_array("batchnorm", x)
     with scope_of(x):
-        target = None if out is None else view.target(out, x=x, dout=dout)
+        target = None
+        if out is not None:
+            target = view.target(out, x, dout=dout, **statistics._asdict())
         dout = view.take(dout)
         if training:
             dx, dgamma, dbeta = kernels.backward(dout, x, statistics, relu, target)

@@ -45,7 +45,7 @@ def layernorm_forward(
     ln_param : dict
         ``eps`` (1e-5, inside the root); other keys are ignored.
     out : array in C order, x's shape and dtype, optional
-        Where to write the output. It shares no memory with x.
+        Where to write the output. It shares no memory with any other argument.
 
     Returns
     -------
@@ -71,7 +71,9 @@ def layernorm_forward(
     eps = _check.epsilon(ln_param.get("eps", 1e-5), gamma.dtype)
     with scope_of(x):
         rows = _view.contiguous(x.reshape(-1, math.prod(normalized)))
-        target = None if out is None else _view.rows_of(out, rows, x.shape, x=x)
+        target = None
+        if out is not None:
+            target = _view.rows_of(out, x, rows, x.shape, gamma=gamma, beta=beta)
         gamma, beta = gamma.reshape(-1), beta.reshape(-1)
         kernels = for_array("layernorm", x)
         result, shift, mean, invstd = kernels.forward(rows, gamma, beta, eps, target)
@@ -109,7 +111,9 @@ def layernorm_backward(
     _check.like("dout", dout, shape, x)
     kernels = for_array("layernorm", x)
     with scope_of(x):
-        target = None if out is None else _view.rows_of(out, x, shape, x=x, dout=dout)
+        target = None
+        if out is not None:
+            target = _view.rows_of(out, x, x, shape, dout=dout, gamma=gamma, mean=mean)
         dout = _view.contiguous(dout.reshape(x.shape))
         dx, dgamma, dbeta = kernels.backward(dout, x, gamma, shift, mean, invstd, target)
         out = dx.reshape(shape) if out is None else out

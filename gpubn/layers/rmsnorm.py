@@ -38,7 +38,7 @@ def rmsnorm_forward(
     rms_param : dict
         ``eps`` (1e-5, inside the root); other keys are ignored.
     out : array in C order, x's shape and dtype, optional
-        Where to write the output. It shares no memory with x.
+        Where to write the output. It shares no memory with any other argument.
 
     Returns
     -------
@@ -63,7 +63,9 @@ def rmsnorm_forward(
     eps = _check.epsilon(rms_param.get("eps", 1e-5), gamma.dtype)
     with scope_of(x):
         rows = _view.contiguous(x.reshape(-1, math.prod(normalized)))
-        target = None if out is None else _view.rows_of(out, rows, x.shape, x=x)
+        target = None
+        if out is not None:
+            target = _view.rows_of(out, x, rows, x.shape, gamma=gamma)
         gamma = gamma.reshape(-1)
         result, invrms = for_array("rmsnorm", x).forward(rows, gamma, eps, target)
         out = result.reshape(x.shape) if out is None else out
@@ -99,7 +101,9 @@ def rmsnorm_backward(dout: Array, cache: Any, *, out: Array | None = None) -> tu
     _check.like("dout", dout, shape, x)
     kernels = for_array("rmsnorm", x)
     with scope_of(x):
-        target = None if out is None else _view.rows_of(out, x, shape, x=x, dout=dout)
+        target = None
+        if out is not None:
+            target = _view.rows_of(out, x, x, shape, dout=dout, gamma=gamma)
         dout = _view.contiguous(dout.reshape(x.shape))
         dx, dgamma = kernels.backward(dout, x, gamma, invrms, target)
         out = dx.reshape(shape) if out is None else out

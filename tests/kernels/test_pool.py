@@ -24,7 +24,8 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     pool = Pool()
     monkeypatch.setattr(memory, "pool", pool)
     yield pool
-    assert pool.used + pool.idle <= pool.most
+    used, idle, most = pool.counts()
+    assert used + idle <= most
 
 
 def address(array: np.ndarray) -> int:
@@ -68,16 +69,17 @@ def test_two_arrays_never_share_memory(pool: Pool) -> None:
             array[:] = number
         assert all((array == number).all() for number, array in enumerate(arrays))
         del array, arrays
-    assert pool.most == pool.idle == 5 * (4 * LARGE[0] * LARGE[1] + 64)
-    assert pool.used == 0
+    size = 5 * (4 * LARGE[0] * LARGE[1] + 64)
+    assert pool.counts() == (0, size, size)
 
 
 def test_a_process_is_never_larger_than_it_was(pool: Pool) -> None:
     for size in (*range(100, 120), *range(130, 90, -1)):
         array = empty((size, 1024), np.float32)
-        assert pool.used + pool.idle <= pool.most
+        used, idle, most = pool.counts()
+        assert used + idle <= most
         del array
-    assert pool.most == 130 * 4096 + 64
+    assert pool.counts()[2] == 130 * 4096 + 64
 
 
 def test_what_has_lain_idle_longest_goes_first(pool: Pool) -> None:
@@ -87,17 +89,18 @@ def test_what_has_lain_idle_longest_goes_first(pool: Pool) -> None:
     while arrays:
         arrays.pop()  # the largest first
     assert address(empty((100, 1024), np.float32)) == place
-    assert pool.idle == 330 * 4096 + 3 * 64
+    assert pool.counts()[1] == 330 * 4096 + 3 * 64
     empty((50, 1024), np.float32)
+    pool.counts()
     assert sorted(pool._pieces) == [50 * 4096 + 64, 100 * 4096 + 64, 110 * 4096 + 64]
 
 
 def test_release(pool: Pool) -> None:
     held = empty(LARGE, np.float32)
     del held
-    assert pool.idle
+    assert pool.counts()[1]
     gpubn.release_memory()
-    assert (pool.idle, pool._pieces) == (0, {})
+    assert (pool.counts()[:2], pool._pieces) == ((0, 0), {})
 
 
 def test_threads(pool: Pool) -> None:
@@ -116,7 +119,7 @@ def test_threads(pool: Pool) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert pool.used == 0
+    assert pool.counts()[0] == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -144,4 +147,74 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 7)
 def test_no_memory_left(pool: Pool) -> None:
     with pytest.raises(MemoryError):
         empty((1 << 60,), np.uint8)
-    assert pool.used == 0
+    assert pool.counts() == (0, 0, 0)
+
+
+def test_room_is_made_where_there_is_no_memory(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty(LARGE, np.float32)
+    pool.counts()
+    real = np.empty
+
+    def full(size: int, dtype: object) -> object:
+        if pool._idle():
+            raise MemoryError
+        return real(size, dtype)
+
+    pool._most = 1 << 40  # nothing would be given back for another reason
+    monkeypatch.setattr(np, "empty", full)
+    assert empty((LEAST,), np.uint16).nbytes == 2 * LEAST
+
+
+def test_the_garbage_collector_in_the_middle(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may give pieces back at any moment."""
+    lists = [empty(LARGE, np.float32) for _ in range(20)]
+
+    class Pieces(dict[int, list[object]]):
+        def pop(self, *arguments: object) -> object:
+            if lists:
+                lists.pop()
+            return super().pop(*arguments)
+
+    pool._pieces = Pieces()
+    for _ in range(30):
+        size = empty(LARGE, np.float32).nbytes + 64
+    used, idle, _ = pool.counts()
+    assert used == 0
+    assert sum(map(len, pool._pieces.values())) * size == idle
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
+@pytest.mark.parametrize("handler", ["interrupt", "release_memory", "empty"])
+def test_signals_in_the_middle(handler: str) -> None:
+    """Interrupts, and handlers that use the pool themselves, at any moment."""
+    code = f"""
+import signal
+import gpubn
+from gpubn.kernels.memory import empty, pool
+def handle(*_):
+    if {handler!r} == "interrupt":
+        raise KeyboardInterrupt
+    if {handler!r} == "empty":
+        empty((1 << 18,), "float32")
+    else:
+        gpubn.release_memory()
+signal.signal(signal.SIGALRM, handle)
+sizes, caught = [1 << 18, 1 << 19, 3 << 18], 0
+for i in range(3000):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + i % 97))
+        for _ in range(30):
+            held = [empty((size,), "uint8") for size in sizes]
+            del held
+    except KeyboardInterrupt:
+        caught += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+held = None
+gpubn.release_memory()
+assert pool.counts()[1] == 0
+empty((1 << 20,), "float32")[:] = 1
+print("caught", caught)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout.split()[1]) > 100) == (handler == "interrupt")

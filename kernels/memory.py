@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from gpubn.backend import probe
+
 LEAST = 1 << 16
 """Bytes from which memory is pooled; the C library keeps smaller pieces itself."""
 
@@ -144,7 +146,7 @@ def release_memory() -> None:
     """Give memory that gpubn and CuPy keep for arrays to come back to the system and the GPU."""
     pool.release()
     cupy = sys.modules.get("cupy")
-    if cupy is not None:
+    if cupy is not None and probe().usable:  # it may be there without a driver
         cupy.get_default_memory_pool().free_all_blocks()
         cupy.get_default_pinned_memory_pool().free_all_blocks()
 

@@ -1026,6 +1026,7 @@ class MemoryPool:
     """cupy.cuda.MemoryPool: its numbers are what a test sets."""
 
     total, used, limit = 96 << 20, 32 << 20, 0
+    released = False
 
     def total_bytes(self):
         return self.total
@@ -1039,8 +1040,11 @@ class MemoryPool:
     def get_limit(self):
         return self.limit
 
+    def free_all_blocks(self):
+        self.released = True
 
-memory_pool = MemoryPool()
+
+memory_pool, pinned_memory_pool = MemoryPool(), MemoryPool()
 
 
 class _Module(types.ModuleType):
@@ -1112,6 +1116,7 @@ module = _Module(
     asnumpy=asnumpy,
     get_array_module=get_array_module,
     get_default_memory_pool=lambda: memory_pool,
+    get_default_pinned_memory_pool=lambda: pinned_memory_pool,
     RawModule=RawModule,
     RawKernel=RawKernel,
     ElementwiseKernel=ElementwiseKernel,

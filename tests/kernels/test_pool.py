@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from host_cuda import cupy_stand_in
 
 import gpubn
 from gpubn.kernels import memory
@@ -101,6 +102,22 @@ def test_release(pool: Pool) -> None:
     assert pool.counts()[1]
     gpubn.release_memory()
     assert (pool.counts()[:2], pool._pieces) == ((0, 0), {})
+
+
+def test_release_beside_a_cupy_without_a_gpu() -> None:
+    code = "import gpubn, cupy; gpubn.release_memory()"
+    pytest.importorskip("cupy", exc_type=ImportError)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_release_on_both_devices(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = cupy_stand_in.memory_pool, cupy_stand_in.pinned_memory_pool
+    for each in pools:
+        monkeypatch.setattr(each, "released", False)
+    gpubn.release_memory()
+    assert all(each.released for each in pools)
 
 
 def test_threads(pool: Pool) -> None:

@@ -31,7 +31,7 @@ BLOCKS = 64  # merged in passes over pairs
 _LEVELS = 64  # of a counter of any number
 _RUN = 1 << 16  # bytes of neighbouring channels that memory is read in at once
 _GROUP = 1 << 22  # bytes of a thread's group of channels, which is to stay in the last cache
-_MOST = 256  # channels of a group: each has a buffer of its own
+_MOST = 64  # channels of a group: each has buffers of its own, which are to stay in a nearer one
 
 
 @inlined
@@ -461,7 +461,7 @@ def gradients(
     """Write the sums of ``g * xhat`` and of ``g`` to ``parts``; ``g`` as in columns_numba."""
     tiles, samples = parts.shape[1], x.shape[1] * x.shape[3]
     statistics = shift, mean, invstd
-    group = min(group_of(x), last - first) if tiles == 1 else 1
+    group = max(1, min(group_of(x) // 2, last - first)) if tiles == 1 else 1  # of two arrays
     work = workspace(parts, 2 * group, min(tile_rows, samples))
     buffers = buffers_of(parts, 2 * group)
     for unit in range(first, last, group):

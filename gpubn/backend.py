@@ -104,8 +104,9 @@ def probe(index: int = 0) -> Probe:
 
 
 def _try_cuda(index: int) -> Probe:
-    # Every `except Exception` below turns a fault of CuPy or the driver into a reason. They raise
-    # types of their own, which cannot be named where CuPy is not there.
+    # Every `except Exception` below turns a fault of CuPy or the driver into a reason that is
+    # shown, for a machine whose GPU is broken must still train. They raise types of their own,
+    # which cannot be named where CuPy is not there.
     try:
         cupy = importlib.import_module("cupy")
     except ModuleNotFoundError as error:
@@ -118,7 +119,7 @@ def _try_cuda(index: int) -> Probe:
     runtime = cupy.cuda.runtime
     try:
         driver = int(runtime.driverGetVersion())
-    except Exception as error:  # CuPy's and the driver's own types
+    except Exception as error:  # CuPy's and the driver's own types, not to be named: see above
         if "InsufficientDriver" not in str(error):
             return Probe(False, f"the NVIDIA driver does not answer: {_one_line(error)}")
         driver = 0  # with no driver at all the runtime says "insufficient" as well
@@ -135,7 +136,7 @@ def _try_cuda(index: int) -> Probe:
                 f"{driver // 1000})",
             )
         count = int(runtime.getDeviceCount())
-    except Exception as error:  # CuPy's and the driver's own types
+    except Exception as error:  # CuPy's and the driver's own types, not to be named: see above
         if "InsufficientDriver" in str(error):
             return Probe(
                 False,
@@ -155,7 +156,7 @@ def _try_cuda(index: int) -> Probe:
             result = cupy.asnumpy(double(cupy.full(3, 21, dtype=np.float32)))
         if result.tolist() != [42.0, 42.0, 42.0]:
             return Probe(False, f"a first kernel computed 21 + 21 = {result[0]}", count)
-    except Exception as error:  # CuPy's and the driver's own types
+    except Exception as error:  # CuPy's and the driver's own types, not to be named: see above
         return Probe(False, f"a first kernel failed: {_one_line(error)}", count)
     return Probe(True, "a first kernel ran", count)
 
@@ -175,7 +176,7 @@ _current: ContextVar[Device | None] = ContextVar("gpubn_device", default=None)
 _told: set[str] = set()
 
 
-class use:  # noqa: N801 - reads as a verb: `use("cuda")`, `with use("cpu"):`
+class use:  # noqa: N801 - called as a function: `use("cuda")`, `with use("cpu"):`
     """Choose the device for what this thread or task creates from now on.
 
     Parameters

@@ -648,7 +648,8 @@ def _main(argv: list[str] | None) -> int:
         MemoryError,
     ) as error:
         reason = _reason(error)
-    except Exception as error:  # CuPy's own types cannot be named where it is not installed
+    # CuPy's own types cannot be named where it is not installed; all others are raised again below.
+    except Exception as error:
         if not backend.is_cuda_error(error):
             raise
         reason = f"CUDA failed: {type(error).__name__}: {error}; --device cpu would run here"

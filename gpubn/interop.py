@@ -182,7 +182,8 @@ def _is_foreign(value: Any) -> bool:
 
 
 def _has_foreign(holder: Mapping[Any, Any]) -> bool:
-    for value in holder.values():  # noqa: SIM110 - any() would double the cost of a layer's call
+    # A plain loop: any() makes a generator, which doubles what this adds to every layer's call.
+    for value in holder.values():  # noqa: SIM110 - see above
         if _roles[type(value)] == _FOREIGN:
             return True
     return False
@@ -275,7 +276,9 @@ def _refusals(value: Any, name: str) -> Iterator[None]:
     """Name the argument where its library does not share it, in the library's own words."""
     try:
         yield
-    except Exception as error:  # the other library's own types
+    # Any library's arrays come here, and each raises types of its own, which cannot be named where
+    # the library is not installed. Every one is raised anew, as a TypeError that keeps its text.
+    except Exception as error:
         if is_cuda_error(error):
             raise
         if getattr(value, "requires_grad", False):

@@ -37,7 +37,7 @@ class Vector(types.Type):
 
 
 @register_model(Vector)
-class _Model(PrimitiveModel):  # type: ignore[misc] # Numba publishes no types
+class _Model(PrimitiveModel):  # type: ignore[misc] # Numba publishes no types: its base is Any
     def __init__(self, manager: Any, kind: Any) -> None:
         element = manager.lookup(kind.dtype).get_data_type()
         super().__init__(manager, kind, ir.VectorType(element, kind.count))
@@ -52,7 +52,7 @@ def _of(dtype: Any) -> Vector:
 
 
 def _define(symbol: Any, instruction: str) -> None:
-    class Template(AbstractTemplate):  # type: ignore[misc] # as above
+    class Template(AbstractTemplate):  # type: ignore[misc] # Numba's base is Any, as above
         key = symbol
 
         def generic(self, args: Any, kws: Any) -> Any:

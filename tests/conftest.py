@@ -65,6 +65,7 @@ def no_device_chosen() -> Iterator[None]:
 def host_cuda() -> Iterator[None]:
     """Let gpubn take the stand-in for CuPy, and the host for a GPU."""
     if cupy_stand_in.compiler() is None:
+        # Of the host's machine, not of gpubn: NVRTC still compiles the kernels in other tests.
         pytest.skip("no C++ compiler was found: the CUDA kernels cannot be run on the host")
     probes = dict(backend._probes)
     with cupy_stand_in.install():

@@ -262,7 +262,8 @@ def _run(
         arguments = _map_arrays(lambda array: device.asarray(array.copy()), given)
         try:
             result = fn(*arguments["args"], **arguments["kwargs"])
-        except Exception as error:  # whatever it is, it goes on, with a note of where it was
+        # The user's function may raise anything: it goes on, with a note of which device it was on.
+        except Exception as error:
             error.add_note(f"assert_parity: {function} was running on {device.name}{how}")
             raise
         results = dict(_results(result))
@@ -396,8 +397,8 @@ def _compare_all(first: _Run, others: Sequence[_Run], tolerance: _Tolerance) -> 
     __tracebackhide__ = True
     agreements = []
     for other in others:
-        # No comprehension: it has a frame of its own, which pytest would show
-        agreements.append(_compare(first, other, tolerance))  # noqa: PERF401
+        # Before Python 3.12 a comprehension has a frame of its own, which pytest would show.
+        agreements.append(_compare(first, other, tolerance))  # noqa: PERF401 - see above
     worst = max(agreements, key=lambda agreement: agreement.units)
     return replace(worst, sides=(first.side, *(other.side for other in others)))
 

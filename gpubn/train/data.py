@@ -327,7 +327,9 @@ def _reading(path: str, expected: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing, expected {expected}") from error
-    except Exception as error:  # zipfile alone raises half a dozen types on damaged input
+    # On damaged input zipfile, pickle, gzip and NumPy raise a dozen types between them, not all of
+    # them documented. Each is raised anew, as a DataError that names the file.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"{path} cannot be read, expected {expected}: {reason}") from error
 
@@ -393,7 +395,8 @@ def _load_npz(spec: str, path: str) -> Dataset:
         count = max(1, len(X) // 10)
         train, val = np.sort(order[:-count]), np.sort(order[-count:])
         arrays |= {"X_train": X[train], "y_train": y[train], "X_val": X[val], "y_val": y[val]}
-    return Dataset(spec, **arrays)  # type: ignore[arg-type]  # no key is max_value
+    # mypy fears that an array is passed as max_value, a float: the keys are of X_ and y_ alone.
+    return Dataset(spec, **arrays)  # type: ignore[arg-type]
 
 
 def _read_npz(path: str, keys: tuple[str, ...] | list[str]) -> dict[str, NDArray[Any]]:

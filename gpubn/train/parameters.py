@@ -106,7 +106,7 @@ class Parameters(dict[str, Array]):
                 self[name][...] = copy
 
     # dict declares overloads that also take pairs, as `update` does; they say no more than this.
-    def __ior__(self, other: Any) -> Parameters:  # type: ignore[override,misc]
+    def __ior__(self, other: Any) -> Parameters:  # type: ignore[override,misc] # see above
         self.update(other)
         return self
 

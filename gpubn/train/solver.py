@@ -235,7 +235,7 @@ class Solver:
     # --- What it is about to do, and has done -----------------------------------------------------
 
     @property
-    def X_train(self) -> Array:  # noqa: N802 - the name of the data's part
+    def X_train(self) -> Array:  # noqa: N802 - the assignment's name, and the data's key
         """The training samples, where batches are cut out of them."""
         return self._batches.X
 

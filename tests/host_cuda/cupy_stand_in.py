@@ -163,6 +163,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
 
     def __init__(self, shape, dtype=float, memptr=None, strides=None, order="C"):
         if memptr is not None or strides is not None:
+            # No module of gpubn makes such arrays: one that did would be told, not run otherwise.
             raise NotImplementedError("the stand-in has no memptr and no strides")
         self._host = _poisoned(np.empty(shape, dtype, order))
 
@@ -483,6 +484,7 @@ class RawModule:
             raise TypeError(f"options must be a tuple of str, not {options!r}")
         variable = re.search(r"__device__\s+[\w:]+\s+\w+\s*(\[[^]]*\]\s*)?[=;]", code)
         if variable:
+            # They would be shared by all modules on the host; gpubn's kernels have none.
             raise NotImplementedError(f"__device__ variables: {variable.group()}")
         self.code = code
         self.options = options
@@ -543,6 +545,7 @@ class _Function:
 
     def __call__(self, grid, block, args, *, shared_mem=0, stream=None):
         if shared_mem:
+            # gpubn's kernels have their shared memory's size in the text.
             raise NotImplementedError("the stand-in has no dynamic shared memory")
         grid = self._size("grid", grid, (2**31 - 1, 65535, 65535))
         block = self._size("block", block, (1024, 1024, 64))
@@ -966,6 +969,7 @@ class Stream:
 
     def __enter__(self):
         if self.ptr != 0:
+            # In gpubn only copies go to other streams: kernels there would need an order.
             raise NotImplementedError("the stand-in runs kernels on the null stream only")
         return self
 

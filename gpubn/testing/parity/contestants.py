@@ -118,7 +118,9 @@ class OnCuda:
         """Return the results of a case."""
         try:
             return compute(self._device, case.op, arguments)
-        except Exception as error:  # of CuPy and the driver; their types cannot be named here
+        # CuPy and the driver raise types that cannot be named where they are not installed. All is
+        # raised anew, with the case that it happened in.
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ContestantFailed(self.name, case, reason, gone=False) from error
 

@@ -213,7 +213,7 @@ def transpose(
         x, first, step, rows, part, out, at = args
         vectors, place = [], first
         for k in range(kind.count):
-            if isinstance(sig.args[4], types.NoneType):
+            if sig.args[4] == types.none:
                 vectors.append(_loaded(context, builder, sig.args[0], x, place))
             else:
                 vectors.append(_loaded_part(context, builder, sig.args[0], x, place, part))

@@ -96,7 +96,8 @@ def _masked(name: str, array: Array, cache: _Cache, out: Array | None) -> Array:
             _view.writable(out, cache.empty, array.shape, order, {name: array})
         if cache.training:
             kernels = for_array("dropout", array)
-            return kernels.apply(array, cache.p, cache.seed, cache.stream, cache.step, out)
+            result = kernels.apply(array, cache.p, cache.seed, cache.stream, cache.step, out)
+            return result if out is None else out
         if out is None:
             return array.copy()
         out[...] = array

@@ -57,7 +57,8 @@ def rmsnorm(x: Array, dout: Array, out: Any, dx: Any) -> Any:
 
 
 def groupnorm(x: Array, dout: Array, out: Any, dx: Any) -> Any:
-    y, cache = layers.groupnorm_forward(x, *_channels(x, 1), x.shape[1] // 3, {}, out=out)
+    groups = 1 if x.shape[1] % 3 else x.shape[1] // 3
+    y, cache = layers.groupnorm_forward(x, *_channels(x, 1), groups, {}, out=out)
     return y, *layers.groupnorm_backward(dout, cache, out=dx)
 
 
@@ -144,7 +145,8 @@ def test_what_is_refused(layer: Any, draw: Any, place: int) -> None:
     refused(draw((4, 6), np.float64), TypeError, "out has dtype float64, expected float32")
     refused(draw((6, 4)).T, ValueError, r"out has strides .*expected C order")
     refused(draw((8, 6))[::2], ValueError, r"out has strides .*expected C order")
-    refused(x, ValueError, "out shares memory with x")
+    if not (place and layer in (dropout, dropout_test)):  # whose backward pass does not read x
+        refused(x, ValueError, "out shares memory with x")
     if place:
         refused(dout, ValueError, "out shares memory with dout")
     if isinstance(x, np.ndarray):

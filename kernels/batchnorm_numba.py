@@ -7,7 +7,7 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels import columns_numba, planes_numba
-from gpubn.kernels.columns_numba import TILES, row
+from gpubn.kernels.columns_numba import TILES
 from gpubn.kernels.columns_numba import gradients as column_gradients
 from gpubn.kernels.columns_numba import moments as column_moments
 from gpubn.kernels.compile_numba import compiled, inlined, plain
@@ -526,7 +526,7 @@ def _normalize(
     batch, channels = x.shape[1:3]
     statistics = shift, mean, scale, beta
     for r in range(first, last):
-        _normalize_row(x, statistics, residual, relu, out, r // batch, r % batch, 0, channels)
+        _normalize_row(x, statistics, residual, relu, out, r * channels, r // batch * channels)
 
 
 @compiled
@@ -536,19 +536,16 @@ def _normalize_row(
     residual: Any,
     relu: bool,
     out: Any,
-    instance: int,
-    n: int,
-    a: int,
-    b: int,
+    first: int,
+    channel: int,
 ) -> None:
-    """Normalize columns a to b of a row of channels."""
-    w, part = lanes(out), (b - a) % lanes(out)
-    first, channel = row(x, instance, n), instance * x.shape[2]
-    for j in range(a, b - w + 1, w):
+    """Normalize a row of channels, the elements from ``first`` on."""
+    columns, w, part = x.shape[2], lanes(out), x.shape[2] % lanes(out)
+    for j in range(0, columns - w + 1, w):
         v = _normalized(x, statistics, residual, relu, out, first + j, channel + j, None)
         store(out, first + j, v)
     if part:
-        j = b - part
+        j = columns - part
         v = _normalized(x, statistics, residual, relu, out, first + j, channel + j, part)
         store_part(out, first + j, part, v)
 
@@ -646,7 +643,7 @@ def _dx(
     for r in range(first, last):
         _dx_row(
             *(dout, x, statistics, beta, constant, slope, dx),
-            *(r // batch, r % batch, 0, channels),
+            *(r * channels, r // batch * channels),
         )
 
 
@@ -659,21 +656,18 @@ def _dx_row(
     constant: Any,
     slope: Any,
     dx: Any,
-    instance: int,
-    n: int,
-    a: int,
-    b: int,
+    first: int,
+    channel: int,
 ) -> None:
-    """Write columns a to b of a row of dx."""
-    w, part = lanes(dx), (b - a) % lanes(dx)
-    first, channel = row(x, instance, n), instance * x.shape[2]
-    for j in range(a, b - w + 1, w):
+    """Write a row of dx, the elements from ``first`` on."""
+    columns, w, part = x.shape[2], lanes(dx), x.shape[2] % lanes(dx)
+    for j in range(0, columns - w + 1, w):
         v = _dx_columns(
             dout, x, statistics, beta, constant, slope, dx, first + j, channel + j, None
         )
         store(dx, first + j, v)
     if part:
-        j = b - part
+        j = columns - part
         v = _dx_columns(
             dout, x, statistics, beta, constant, slope, dx, first + j, channel + j, part
         )

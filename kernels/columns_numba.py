@@ -27,7 +27,7 @@ from gpubn.kernels.vectors_numba import (
 )
 
 BLOCK = 4096  # columns walked together: long rows are read fastest, and a few must fit in a cache
-_SHORT = 2048  # bytes of a row of which a leaf of eight stays in the first cache
+_SHORT = 1024  # bytes of a row of which two leaves of eight stay in the first cache
 
 
 # What a kernel's units of work are, of which it is given a range; of all else it takes all.

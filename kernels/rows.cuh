@@ -136,9 +136,9 @@ __device__ inline RowSums<T, K> team_sums(const real<T> (&value)[K][L::PER], int
     return total;
 }
 
-// The moments of lanes' nodes merged, in the first lane. Every `step`th lane has one, of `rows(i)` values:
-// all of them but the last ones of `size`. Where that is known to be so of all, the merges need neither
-// counts nor divisions.
+// The moments of lanes' nodes merged, in the first lane. Every `step`th lane has one, of up to `size` values.
+// `rows(after, size)` is how many of the `size` values after so many from this lane's first one are in the row.
+// Where that is known to be all, the merges need neither counts nor divisions.
 template <int LANES, class T, class Rows>
 __device__ inline Moments<T> lanes_moments(Moments<T> node, int step, int size, Rows rows) {
 #pragma unroll
@@ -150,8 +150,8 @@ __device__ inline Moments<T> lanes_moments(Moments<T> node, int step, int size, 
     return node;
 }
 
-// The moments of a stretch of LANES * V values, V of each lane, in the first lane. `rows(after, size)` is how
-// many of the `size` values after so many from this lane's leaf on are in the row; values beyond it are +0.
+// The moments of a stretch of LANES * V values, V of each lane, in the first lane. `rows` is as above, from this
+// lane's leaf on; values beyond the row are +0.
 template <class L, class T, class Rows>
 __device__ inline Moments<T> stretch_moments(const real<T>* d, bool inside, Rows rows) {
     // A leaf lies in 8 / V lanes. As moments_leaf (samples.cuh) has it.
@@ -204,10 +204,8 @@ __device__ inline Moments<T> team_moments(const real<T> (&d)[L::PER], int count)
         all = {};
         if (L::lane() < L::warps()) all = nodes[L::lane()];
         const int SIZE = L::LANES * L::PER;
-        int first = L::lane() * SIZE;
-        all = lanes_moments<L::LANES>(all, 1, SIZE, [=](int after, int size) {
-            return overlap(first + after, size, count);
-        });
+        auto rows = [=](int after, int size) { return overlap(L::lane() * SIZE + after, size, count); };
+        all = lanes_moments<L::LANES>(all, 1, SIZE, rows);
         __syncthreads();  // before the next moments are written there
     }
     return {real<T>(__shfl_sync(ALL_LANES, all.mean.v, 0, L::LANES)),
@@ -281,7 +279,7 @@ __device__ inline real_of<S> value_of(const Chunk<raw_of<S>, V>* chunk, int j) {
 
 // The sums over a row of g * xhat, and of g.
 template <class L, class T, int K>
-__device__ inline RowSums<T, K> sums_of_terms(const real<T> (&g)[L::PER], const real<T> (&xhat)[L::PER], int count) {
+__device__ inline RowSums<T, K> sums_of_terms(const real<T>* g, const real<T>* xhat, int count) {
     real<T> terms[K][L::PER];
 #pragma unroll
     for (int k = 0; k < K; k++)
@@ -291,6 +289,12 @@ __device__ inline RowSums<T, K> sums_of_terms(const real<T> (&g)[L::PER], const 
             terms[k][j] = place < count ? term(k, g[j], xhat[j]) : beyond<T>(place, count);
         }
     return team_sums<L, T, K>(terms, count);
+}
+
+template <class T, int K>
+__device__ inline RowSums<T, K> means(RowSums<T, K> of, long long columns) {
+    for (int k = 0; k < K; k++) of.sum[k] = of.sum[k] / real<T>(columns);
+    return of;
 }
 
 // What follows the sums along a row: `write(start, count)` for each tile, after `read(start, count)` where
@@ -340,11 +344,11 @@ __device__ inline void backward_of_rows(const raw_of<S>* dout, const raw_of<S>* 
             g[j] = value_of<S, V>(dout_chunk, j) * value_of<T, V>(gamma_chunk, j);
         }
     };
-    auto mean = row_node<RowSums<T, K>>(columns, L::tile(), [&](long long start, int count) {
+    auto sums = row_node<RowSums<T, K>>(columns, L::tile(), [&](long long start, int count) {
         read(start, count);
         return sums_of_terms<L, T, K>(g, xhat, count);
     });
-    for (int k = 0; k < K; k++) mean.sum[k] = mean.sum[k] / R(columns);
+    auto mean = means(sums, columns);
     each_tile<L>(columns, read, [&](long long start, int count) {
 #pragma unroll
         for (int t = 0; t < L::CHUNKS; t++)
@@ -416,8 +420,7 @@ __device__ inline void gradients_of_rows(const raw_of<S>* dout, const raw_of<S>*
             R g[PER];
 #pragma unroll
             for (int j = 0; j < PER; j++) g[j] = u[j] * value_of<T, V>(weight, j);
-            auto mean = sums_of_terms<L, T, K>(g, xhat, count);
-            for (int k = 0; k < K; k++) mean.sum[k] = mean.sum[k] / R(columns);
+            auto mean = means(sums_of_terms<L, T, K>(g, xhat, count), columns);
 #pragma unroll
             for (int t = 0; t < CHUNKS; t++)
                 if (present && L::place(t) < count)

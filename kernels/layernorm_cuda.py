@@ -13,6 +13,7 @@ _SOURCE = source("real", "samples", "rows", "layernorm")
 # As in rows.cuh.
 MAX_TEAM, MERGED = 512, 1024
 _WARP = 32
+_BLOCK = 256  # threads of a block where a row needs no more: a multiprocessor has several such
 _ENOUGH_BLOCKS = 256  # to keep every multiprocessor of a GPU busy
 
 
@@ -58,7 +59,7 @@ def forward_of(text: str, name: str, x: Array, *arrays: Array) -> tuple[Any, Any
     rows, columns = x.shape
     lanes, per = _lanes(columns, x)
     team = _team(columns, lanes, per)
-    teams = 256 // team if team <= _WARP else 1
+    teams = _BLOCK // team if team <= _WARP else 1
     arguments = _chunk(columns, x, *arrays), per, lanes
     return kernel(text, name, x.dtype, *arguments), (-(-rows // teams),), (team, teams)
 
@@ -75,8 +76,8 @@ def gradients_of(
 ) -> tuple[Array, Array]:
     """Return dx, and the sums over the rows ``(width, D)``, with the kernels of ``op``.
 
-    Where a team of threads can hold a row of x and dout, both are read once, for dx and for the
-    sums. Longer rows are read for dx, and again for the sums.
+    Where a block's threads can hold a row of x and of dout beside the sums, both are read once, for
+    dx and for the sums. Longer rows are read for dx, and again for the sums.
     """
     dout, x, gamma, *stats = contiguous(dout, x, gamma, *statistics)
     rows, columns = x.shape
@@ -92,13 +93,10 @@ def gradients_of(
         launch = kernel(text, f"{op}_backward_dx", x.dtype, chunk, long, _WARP)
         launch((rows,), (_team(columns, _WARP, long),), (*arrays, *counts))
     team = _team(columns, lanes, per) if together else _WARP
-    strips = 1 if together else -(-columns // (team * per))
-    teams = 1
-    while 2 * teams * team <= MAX_TEAM and (
-        teams * team < _WARP or rows * strips > 8 * teams * _ENOUGH_BLOCKS
-    ):
-        teams *= 2
-    tiles = -(-rows // (8 * teams))
+    strips = -(-columns // (team * per))
+    leaves = -(-rows // 8)
+    teams = _teams(team, leaves * strips)
+    tiles = -(-leaves // teams)
     parts = cupy.empty((width, tiles, columns), accumulator(x))
     launch = kernel(text, f"{op}_gradients", x.dtype, chunk, per, lanes, int(together))
     launch((tiles * strips,), (team, teams), (*arrays, parts, np.uint32(tiles), *counts))
@@ -136,6 +134,17 @@ def _lanes(columns: int, x: Array) -> tuple[int, int]:
 def _team(columns: int, lanes: int, per: int) -> int:
     """Return how many threads take a row of which each holds ``per`` values."""
     return min(MAX_TEAM, -(-columns // (lanes * per)) * lanes)
+
+
+def _teams(team: int, leaves: int) -> int:
+    """Return how many teams of so many threads, each with a leaf of eight rows, are a block.
+
+    The more, the fewer parts there are to be merged; but there should be enough blocks.
+    """
+    teams = 1
+    while 2 * teams * team <= _BLOCK and (teams * team < _WARP or leaves > teams * _ENOUGH_BLOCKS):
+        teams *= 2
+    return teams
 
 
 def _chunk(columns: int, x: Array, *arrays: Array) -> int:

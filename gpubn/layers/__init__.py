@@ -9,7 +9,7 @@ Caches refer to the arguments, and that of ``batchnorm_add_relu`` to its output,
 change none of them in place before the backward pass.
 """
 
-from gpubn.layers.affine import affine_backward, affine_forward
+from gpubn.layers.affine import affine_backward, affine_forward, affine_parameter_gradients
 from gpubn.layers.batchnorm import (
     batchnorm_add_relu_backward,
     batchnorm_add_relu_forward,
@@ -46,6 +46,7 @@ __all__ = [
     "affine_bn_relu_backward",
     "affine_bn_relu_forward",
     "affine_forward",
+    "affine_parameter_gradients",
     "affine_relu_backward",
     "affine_relu_forward",
     "batchnorm_add_relu_backward",

@@ -68,15 +68,28 @@ def affine_forward(
 @foreign
 def affine_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     """Return dx (in x's shape), dw and db for ``dout (N, M)``."""
+    dw, db = affine_parameter_gradients(dout, cache)
+    x, w, reproducible = cache
+    with scope_of(x):
+        w, dout = _operands(reproducible, w, dout)
+        dx = _product(dout, w.T, reproducible).reshape(x.shape)
+    return dx, dw, db
+
+
+@foreign
+def affine_parameter_gradients(dout: Array, cache: Any) -> tuple[Array, Array]:
+    """Return dw and db alone, as ``affine_backward`` does: a network's input needs no gradient.
+
+    There dx takes as long as dw.
+    """
     _check.cache_of("affine", cache, _Cache)
     x, w, reproducible = cache
     _check.like("dout", dout, (x.shape[0], w.shape[1]), x)
     with scope_of(x):
-        rows, w, dout = _operands(reproducible, _rows(x), w, dout)
-        dx = _product(dout, w.T, reproducible).reshape(x.shape)
+        rows, dout = _operands(reproducible, _rows(x), dout)
         dw = _product(rows.T, dout, reproducible)
         db = for_array("samples", dout).channel_sum(dout[None, :, :, None])
-    return dx, dw, db
+    return dw, db
 
 
 def _rows(x: Array) -> Array:

@@ -86,6 +86,13 @@ class Affine(Parametrized):
         dx, self._grads["w"], self._grads["b"] = layers.affine_backward(dout, cache)
         return dx
 
+    def backward_parameters(self, dout: Array) -> None:
+        """Set ``grads`` as ``backward`` does, and spare the gradient of x: a first layer's."""
+        if self._cache is None:
+            raise RuntimeError("Affine.backward_parameters was called before forward")
+        gradients = layers.affine_parameter_gradients(dout, self._cache)
+        self._grads["w"], self._grads["b"] = gradients
+
     def output_shape(self, shape: Shape | None) -> Shape:
         """Return ``("N", M)``."""
         return ("N", self.out_features)

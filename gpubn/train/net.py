@@ -275,7 +275,10 @@ class FullyConnectedNet:
             scores = self.layers.train().forward_array(X)
             loss, dout = for_array("losses", scores).softmax_loss(scores, y)
             for layer, names in self._backward_order:
-                dout = layer.backward_array(dout)
+                if layer is self._affines[0]:  # X needs no gradient
+                    self._affines[0].backward_parameters(dout)
+                else:
+                    dout = layer.backward_array(dout)
                 layer.release()
                 for own, name in names.items():
                     grads[name] = layer.grads.pop(own)

@@ -21,7 +21,7 @@ from layer_cases import (
 from numpy.typing import NDArray
 
 from gpubn import backend, layers
-from gpubn.backend import Array, Device, namespace
+from gpubn.backend import Array, Device, namespace, to_host
 from gpubn.kernels import for_array
 from gpubn.testing import reference
 from gpubn.testing.tolerance import affine_scales
@@ -72,6 +72,22 @@ def test_values(
 @either_order
 def test_gradients(device: Device, layer: Layer, rng: np.random.Generator) -> None:
     assert_gradients(layer, device, **draw((3, 2, 2), 3, np.float64, rng, "ordinary"))
+
+
+@both_dtypes
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_parameter_gradients_alone(
+    device: Device, dtype: Any, reproducible: bool, rng: np.random.Generator
+) -> None:
+    arrays = draw((5, 2, 3), 4, dtype, rng, "ordinary")
+    x, w, b, dout = (device.asarray(arrays[name]) for name in ("x", "w", "b", "dout"))
+    _, cache = layers.affine_forward(x, w, b, reproducible)
+    _, dw, db = layers.affine_backward(dout, cache)
+    found = layers.affine_parameter_gradients(dout, cache)
+    expected = {"dw": to_host(dw), "db": to_host(db)}
+    assert_same_bits(dict(zip(("dw", "db"), map(to_host, found), strict=True)), expected)
+    with pytest.raises(ValueError, match="dout has shape"):
+        layers.affine_parameter_gradients(dout[:, :2], cache)
 
 
 # --- Reproducible products -----------------------------------------------------------------------
@@ -149,7 +165,7 @@ def test_the_environment_asks_for_reproducible_products(
     # The backward pass is as the forward pass was, whatever the environment says by then.
     monkeypatch.setenv(backend.REPRODUCIBLE_VARIABLE, "0")
     layers.affine_backward(out, cache)
-    assert products == [OUT, DX, DW]
+    assert products == [OUT, DW, DX]
 
 
 @pytest.mark.parametrize("value", ["0", "", "false", "No", "off", None])
@@ -169,7 +185,7 @@ def test_the_environment_asks_for_the_fastest_products(
     monkeypatch.setenv(backend.REPRODUCIBLE_VARIABLE, value or "")
     out, cache = forward(reproducible=np.True_)
     layers.affine_backward(out, cache)
-    assert products == [OUT, DX, DW]
+    assert products == [OUT, DW, DX]
 
 
 @pytest.mark.parametrize("value", ["2", "yes please", " ", "None"])

@@ -586,3 +586,20 @@ def test_bad_inputs(device: Device, rng: np.random.Generator) -> None:
             layer(value)
     with pytest.raises(TypeError, match="x is a list, expected"):
         nn.Affine(5, 3)([[1.0]])
+
+
+def test_a_first_layer_spares_its_inputs_gradient(device: Device, rng: np.random.Generator) -> None:
+    x, dout = (device.asarray(rng.standard_normal(shape)) for shape in ((4, 6), (4, 5)))
+    layer = nn.Affine(6, 5, seed=1, dtype=np.float64, device=device.name)
+    with pytest.raises(
+        RuntimeError, match=r"Affine\.backward_parameters was called before forward"
+    ):
+        layer.backward_parameters(dout)
+    layer.forward(x)
+    layer.backward(dout)
+    expected = {name: to_host(array) for name, array in layer.grads.items()}
+    layer.grads.clear()
+    layer.backward_parameters(dout)
+    assert sorted(layer.grads) == ["b", "w"]
+    for name, array in layer.grads.items():
+        assert to_host(array).tobytes() == expected[name].tobytes()

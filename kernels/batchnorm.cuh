@@ -7,9 +7,8 @@ namespace gpubn {
 // sample of the channel, so that a mean of 1e6 beside a deviation of 0.5 keeps its variance, and a constant
 // channel has a variance of exactly 0.
 template <class S>
-__device__ inline typename storage<S>::type batchnorm_shift(const raw_of<S>* x, Shape shape,
-                                                            long long channel) {
-    using T = typename storage<S>::type;
+__device__ inline number_of<S> batchnorm_shift(const raw_of<S>* x, Shape shape, long long channel) {
+    using T = number_of<S>;
     long long samples = shape.batch * shape.inner;
     Walk a(shape, channel, 0), b(shape, channel, samples / 2), c(shape, channel, samples - 1);
     return middle<T>(load<S>(x[a.at]).v, load<S>(x[b.at]).v, load<S>(x[c.at]).v);
@@ -108,19 +107,16 @@ __device__ inline T batchnorm_share(T scale, T sum, long long samples) {
 
 // found (6, channels): shift, mean, invstd, scale, and the next running mean and variance.
 template <class S, class L, bool ON_CHIP>
-__global__ void __launch_bounds__(THREADS, blocks_of<S, L>()) batchnorm_train(const raw_of<S>* x, const raw_of<S>* residual, bool relu,
-                                const typename storage<S>::type* gamma,
-                                const typename storage<S>::type* beta,
-                                const typename storage<S>::type* running_mean,
-                                const typename storage<S>::type* running_var,
-                                typename storage<S>::type eps, typename storage<S>::type momentum,
-                                typename storage<S>::type complement,
-                                typename storage<S>::type correction, raw_of<S>* out,
-                                typename storage<S>::type* found, typename storage<S>::type* parts,
-                                unsigned* tickets, long long channels, long long tiles, long long share,
-                                long long rows, long long batch, long long per_instance,
+__launch_bounds__(THREADS, blocks_of<S, L>())
+__global__ void batchnorm_train(const raw_of<S>* x, const raw_of<S>* residual, bool relu,
+                                const number_of<S>* gamma, const number_of<S>* beta,
+                                const number_of<S>* running_mean, const number_of<S>* running_var,
+                                number_of<S> eps, number_of<S> momentum, number_of<S> complement,
+                                number_of<S> correction, raw_of<S>* out, number_of<S>* found,
+                                number_of<S>* parts, unsigned* tickets, long long channels, long long tiles,
+                                long long share, long long rows, long long batch, long long per_instance,
                                 long long inner) {
-    using T = typename storage<S>::type;
+    using T = number_of<S>;
     using R = real<T>;
     const int W = L::width, COUNT = L::channels;
     extern __shared__ uint4 memory[];
@@ -159,20 +155,20 @@ __global__ void __launch_bounds__(THREADS, blocks_of<S, L>()) batchnorm_train(co
         if (residual) b = read<S, W>(residual + at);
 #pragma unroll
         for (int i = 0; i < W; i++)
-            y.of[i] = batchnorm_out<S>(a.of[i], residual != nullptr, b.of[i], relu, shift[i], mean[i], scale[i],
-                                       bias[i]);
+            y.of[i] = batchnorm_out<S>(a.of[i], residual != nullptr, b.of[i], relu, shift[i], mean[i],
+                                       scale[i], bias[i]);
         write<S, W>(out + at, y);
     }
 }
 
 // found (2, channels): the mean and the variance after a shift that is given.
 template <class S, class L>
-__global__ void __launch_bounds__(THREADS, blocks_of<S, L>()) batchnorm_moments(const raw_of<S>* x, const typename storage<S>::type* shift,
-                                  typename storage<S>::type* found, typename storage<S>::type* parts,
-                                  unsigned* tickets, long long channels, long long tiles, long long share,
-                                  long long rows, long long batch, long long per_instance,
+__launch_bounds__(THREADS, blocks_of<S, L>())
+__global__ void batchnorm_moments(const raw_of<S>* x, const number_of<S>* shift, number_of<S>* found,
+                                  number_of<S>* parts, unsigned* tickets, long long channels, long long tiles,
+                                  long long share, long long rows, long long batch, long long per_instance,
                                   long long inner) {
-    using T = typename storage<S>::type;
+    using T = number_of<S>;
     Sizes s = {channels, tiles, share, rows, {batch, per_instance, inner}};
     Block<L> block(s);
     PerChannel<T, L::channels> k = {};
@@ -215,17 +211,15 @@ __device__ inline Nodes<Sums<T, 2>, L::channels> gradient_sums(const Values<S, L
 
 // sums (4, channels): dgamma, dbeta, and what dx takes away, constant and slope.
 template <class S, class L, bool ON_CHIP>
-__global__ void __launch_bounds__(THREADS, blocks_of<S, L>()) batchnorm_backward(const raw_of<S>* dout, const raw_of<S>* x, bool relu,
-                                   const typename storage<S>::type* shift,
-                                   const typename storage<S>::type* mean,
-                                   const typename storage<S>::type* invstd,
-                                   const typename storage<S>::type* scale,
-                                   const typename storage<S>::type* beta, raw_of<S>* dx,
-                                   typename storage<S>::type* sums, typename storage<S>::type* parts,
-                                   unsigned* tickets, long long channels, long long tiles,
-                                   long long share, long long rows, long long batch,
+__launch_bounds__(THREADS, blocks_of<S, L>())
+__global__ void batchnorm_backward(const raw_of<S>* dout, const raw_of<S>* x, bool relu,
+                                   const number_of<S>* shift, const number_of<S>* mean,
+                                   const number_of<S>* invstd, const number_of<S>* scale,
+                                   const number_of<S>* beta, raw_of<S>* dx, number_of<S>* sums,
+                                   number_of<S>* parts, unsigned* tickets, long long channels,
+                                   long long tiles, long long share, long long rows, long long batch,
                                    long long per_instance, long long inner) {
-    using T = typename storage<S>::type;
+    using T = number_of<S>;
     const int W = L::width, COUNT = L::channels;
     extern __shared__ uint4 memory[];
     Sizes s = {channels, tiles, share, rows, {batch, per_instance, inner}};
@@ -278,17 +272,14 @@ __global__ void __launch_bounds__(THREADS, blocks_of<S, L>()) batchnorm_backward
 
 // sums (2, channels): dgamma and dbeta. The gradient of what ReLU saw is the residual's: to dresidual.
 template <class S, class L>
-__global__ void __launch_bounds__(THREADS, blocks_of<S, L>()) batchnorm_add_relu_sums(const raw_of<S>* dout, const raw_of<S>* forward_out,
-                                        raw_of<S>* dresidual, const raw_of<S>* x,
-                                        const typename storage<S>::type* shift,
-                                        const typename storage<S>::type* mean,
-                                        const typename storage<S>::type* invstd,
-                                        typename storage<S>::type* sums,
-                                        typename storage<S>::type* parts, unsigned* tickets,
-                                        long long channels, long long tiles, long long share,
-                                        long long rows, long long batch, long long per_instance,
-                                        long long inner) {
-    using T = typename storage<S>::type;
+__launch_bounds__(THREADS, blocks_of<S, L>())
+__global__ void batchnorm_add_relu_sums(const raw_of<S>* dout, const raw_of<S>* forward_out,
+                                        raw_of<S>* dresidual, const raw_of<S>* x, const number_of<S>* shift,
+                                        const number_of<S>* mean, const number_of<S>* invstd,
+                                        number_of<S>* sums, number_of<S>* parts, unsigned* tickets,
+                                        long long channels, long long tiles, long long share, long long rows,
+                                        long long batch, long long per_instance, long long inner) {
+    using T = number_of<S>;
     const int COUNT = L::channels;
     Sizes s = {channels, tiles, share, rows, {batch, per_instance, inner}};
     Block<L> block(s);
@@ -370,12 +361,10 @@ struct Place {
 
 template <class S, int W, int CHANNELS>
 __global__ void batchnorm_normalize_vectors(const raw_of<S>* x, const raw_of<S>* residual, bool relu,
-                                            const typename storage<S>::type* shift,
-                                            const typename storage<S>::type* mean,
-                                            const typename storage<S>::type* scale,
-                                            const typename storage<S>::type* beta, raw_of<S>* out,
-                                            unsigned values, unsigned instance, unsigned channels,
-                                            unsigned inner) {
+                                            const number_of<S>* shift, const number_of<S>* mean,
+                                            const number_of<S>* scale, const number_of<S>* beta,
+                                            raw_of<S>* out, unsigned values, unsigned instance,
+                                            unsigned channels, unsigned inner) {
     Place<W, CHANNELS> place(values, instance, channels, inner);
     if (place.at >= values) return;
     auto k = place.of(shift), m = place.of(mean), f = place.of(scale), b = place.of(beta);
@@ -390,16 +379,12 @@ __global__ void batchnorm_normalize_vectors(const raw_of<S>* x, const raw_of<S>*
 // FIXED: statistics are constants, and have no part in dx.
 template <class S, int W, int CHANNELS, bool FIXED>
 __global__ void batchnorm_dx_vectors(const raw_of<S>* dout, const raw_of<S>* x, bool relu,
-                                     const typename storage<S>::type* shift,
-                                     const typename storage<S>::type* mean,
-                                     const typename storage<S>::type* invstd,
-                                     const typename storage<S>::type* scale,
-                                     const typename storage<S>::type* beta,
-                                     const typename storage<S>::type* constant,
-                                     const typename storage<S>::type* slope, raw_of<S>* dx,
-                                     unsigned values, unsigned instance, unsigned channels,
-                                     unsigned inner) {
-    using T = typename storage<S>::type;
+                                     const number_of<S>* shift, const number_of<S>* mean,
+                                     const number_of<S>* invstd, const number_of<S>* scale,
+                                     const number_of<S>* beta, const number_of<S>* constant,
+                                     const number_of<S>* slope, raw_of<S>* dx, unsigned values,
+                                     unsigned instance, unsigned channels, unsigned inner) {
+    using T = number_of<S>;
     Place<W, CHANNELS> place(values, instance, channels, inner);
     if (place.at >= values) return;
     auto k = place.of(shift), m = place.of(mean), f = place.of(scale), b = place.of(beta);

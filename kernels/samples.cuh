@@ -126,6 +126,10 @@ __device__ inline Moments<T> moments_leaf(const real<T>* d, long long rows) {
     return node;
 }
 
+// What values that are stored as S are computed with: float or double.
+template <class S>
+using number_of = typename storage<S>::type;
+
 // --- Along the samples of channels: how they lie ---------------------------------------------------
 
 // Neighbouring values, read and written at once, by 16 bytes at the most.
@@ -310,14 +314,14 @@ __device__ inline Nodes<Node, COUNT> merge(Nodes<Node, COUNT> left, const Nodes<
     return left;
 }
 
-// A binary counter of nodes that come one after another: it holds one of 2^l leaves while bit l of their count
-// is set.
+// A binary counter of nodes that come one after another: it holds one of 2^l leaves while bit l of their
+// count is set.
 template <class Result, int LEVELS>
 struct Counter {
     Result held;
     Counter<Result, LEVELS - 1> above;
 
-    // After `count` others, all as large; what it gives is the node of all, where their count is a power of two.
+    // After `count` others, all as large. It gives the node of all, where they are a power of two.
     __device__ Result add(Result nodes, int count) {
         return count & 1 ? above.add(merge(held, nodes), count >> 1) : held = nodes;
     }
@@ -389,7 +393,8 @@ __device__ inline bool last_of_group(unsigned* tickets, long long group, long lo
 // Merge the nodes of `count` channels from `first` on, in parts (K, tiles, channels), by eights: those of
 // the whole come to lie at tile 0.
 template <class Node, int K, class T>
-__device__ inline void merge_tiles(const Sizes& s, T* parts, long long tile_rows, long long first, int count) {
+__device__ inline void merge_tiles(const Sizes& s, T* parts, long long tile_rows, long long first,
+                                   int count) {
     auto at = [&](int k, long long tile, long long channel) -> T& {
         return parts[(k * s.tiles + tile) * s.channels + channel];
     };
@@ -443,9 +448,9 @@ __device__ inline void reduce_channels(const Sizes& s, const Block<L>& block, T*
 
 // Sums of each channel of `value(x)`.
 template <class S, class L, class Function>
-__device__ inline void sum_channels(const raw_of<S>* x, typename storage<S>::type* parts, unsigned* tickets,
-                                    typename storage<S>::type* out, const Sizes& s, Function value) {
-    using T = typename storage<S>::type;
+__device__ inline void sum_channels(const raw_of<S>* x, number_of<S>* parts, unsigned* tickets,
+                                    number_of<S>* out, const Sizes& s, Function value) {
+    using T = number_of<S>;
     using Node = Sums<T, 1>;
     auto sum = [=](const Leaf<L>& leaf) {
         Values<S, L> values = read_leaf<S, L>(x, leaf);
@@ -463,19 +468,19 @@ __device__ inline void sum_channels(const raw_of<S>* x, typename storage<S>::typ
 }
 
 template <class S, class L>
-__global__ void __launch_bounds__(THREADS, blocks_of<S, L>()) channel_sum(const raw_of<S>* x, typename storage<S>::type* out,
-                            typename storage<S>::type* parts, unsigned* tickets, long long channels,
-                            long long tiles, long long share, long long rows, long long batch,
-                            long long per_instance, long long inner) {
+__launch_bounds__(THREADS, blocks_of<S, L>())
+__global__ void channel_sum(const raw_of<S>* x, number_of<S>* out, number_of<S>* parts, unsigned* tickets,
+                            long long channels, long long tiles, long long share, long long rows,
+                            long long batch, long long per_instance, long long inner) {
     Sizes sizes = {channels, tiles, share, rows, {batch, per_instance, inner}};
     sum_channels<S, L>(x, parts, tickets, out, sizes, [](real_of<S> v) { return v; });
 }
 
 template <class S, class L>
-__global__ void __launch_bounds__(THREADS, blocks_of<S, L>()) square_sum(const raw_of<S>* x, typename storage<S>::type* out,
-                           typename storage<S>::type* parts, unsigned* tickets, long long channels,
-                           long long tiles, long long share, long long rows, long long batch,
-                           long long per_instance, long long inner) {
+__launch_bounds__(THREADS, blocks_of<S, L>())
+__global__ void square_sum(const raw_of<S>* x, number_of<S>* out, number_of<S>* parts, unsigned* tickets,
+                           long long channels, long long tiles, long long share, long long rows,
+                           long long batch, long long per_instance, long long inner) {
     Sizes sizes = {channels, tiles, share, rows, {batch, per_instance, inner}};
     sum_channels<S, L>(x, parts, tickets, out, sizes, [](real_of<S> v) { return v * v; });
 }

@@ -102,7 +102,7 @@ def _plan(
         found = cut(narrow, share, kept * line * (vectors + vectors * line // _LINE + 1))
         narrower = narrow > 1 and narrow * line > _SECTOR
         busy = found.groups >= processors
-        room = shared // 2 - _BESIDE if busy else _FEW
+        room = min(shared // 2 - _BESIDE, shared if busy else _FEW)
         if share <= most and found.shared <= room and (busy or not narrower):
             return found
         if not narrower:

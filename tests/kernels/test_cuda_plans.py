@@ -1,4 +1,4 @@
-"""How CUDA cuts up reductions shows in no bit: on chip or not, tiles of any size, vectors or not."""
+"""How CUDA cuts up reductions shows in no bit: on chip or not, by large tiles or vectors or not."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ HOPPER = 132, 227 << 10
         ((1, 32, 2048, 7 * 7), 4, 2, "Planes<1>", True),
         ((1, 32 * 112 * 112, 64, 1), 2, 1, "Columns<4>", False),
         ((1, 256, 1024, 1), 4, 2, "Columns<4>", True),
-        ((1, 131072, 3, 1), 4, 1, "Columns<1>", False),
+        ((1, 10**6, 3, 1), 4, 1, "Columns<1>", False),
         ((1, 10**6, 64, 1), 4, 1, "Columns<4>", False),
         ((1, 64, 65536, 1), 4, 1, "Columns<4>", True),
         ((1, 10**9, 1, 1), 4, 1, "Planes<4>", False),
@@ -231,7 +231,7 @@ def test_launches(plan: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> 
         tensors, parameters = arrays(shape, np.float32, rng)
         (x, dout, _), parameters = map(put, tensors), [put(a) for a in parameters]
         start = cupy_stand_in.launches
-        out, statistics, *_ = module("batchnorm").train(x, *parameters, 1e-5, 0.9)
+        _, statistics, *_ = module("batchnorm").train(x, *parameters, 1e-5, 0.9)
         assert cupy_stand_in.launches - start == launches
         module("batchnorm").backward(dout, x, statistics)
         assert cupy_stand_in.launches - start == 2 * launches

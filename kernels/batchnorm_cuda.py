@@ -374,15 +374,18 @@ def _vectors(
     """Return the template arguments with which elements are taken as vectors, or nothing."""
     _, _, per_instance, inner = x.shape
     width = 16 // x.dtype.itemsize
-    arrays = (x, out, *channels) if other is None else (x, other, out, *channels)
-    aligned = alignment([array.data.ptr for array in arrays]) == 16
-    if not (aligned and out.flags.c_contiguous and 0 < x.size < 2**31):
+    arrays = (x, out) if other is None else (x, other, out)
+    if not (out.flags.c_contiguous and _aligned(arrays) and 0 < x.size < 2**31):
         return ()
     if inner % width == 0:
         return str(width), "gpubn::SAME"
-    if inner == 1 and per_instance % width == 0:
+    if inner == 1 and per_instance % width == 0 and _aligned(channels):
         return str(width), "gpubn::NEIGHBOURS"
     return str(width), "gpubn::ANY"
+
+
+def _aligned(arrays: tuple[Array, ...]) -> bool:
+    return alignment([array.data.ptr for array in arrays]) == 16
 
 
 def _run_vectors(name: str, arrays: tuple[Any, ...], words: tuple[str, ...]) -> None:

@@ -166,7 +166,7 @@ def test_parts_have_one_result(
         offset = number % 3  # 0 once in three times, else misaligned
         there = parts(
             *(module("batchnorm"), module("samples"), *(put(a, offset) for a in tensors)),
-            [put(a) for a in parameters],
+            [put(a, number % 2) for a in parameters],
         )
         assert_same(there, parts(*cpu, *tensors, parameters), f"{shape}, offset {offset}")
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels.compile_cuda import Elementwise, contiguous, kernel, source
-from gpubn.kernels.samples_cuda import THREADS, alignment, merge_parts, plan
+from gpubn.kernels.samples_cuda import THREADS, alignment_of, merge_parts, plan_of
 from gpubn.kernels.statistics import Gradients, Statistics, accumulator
 
 _SOURCE = source("real", "samples", "batchnorm")
@@ -157,7 +157,7 @@ def train(
     )
     added = None if residual is None else contiguous(residual)[0]
     out = cupy.empty(x.shape, x.dtype) if out is None else out
-    cut = plan(x, added, out, kept=int(out.flags.c_contiguous))
+    cut = plan_of(x, added, out, kept=int(out.flags.c_contiguous))
     found = cupy.empty((6, x.shape[2]), accumulator(x))
     scalars = map(found.dtype.type, (eps, momentum, 1.0 - momentum, correction))
     arrays = (
@@ -194,7 +194,7 @@ def _backward(
     """Return dgamma, dbeta, constant and slope ``(4, I * C)``, and whether dx was written too."""
     dout, x, *channels = contiguous(dout, x, *statistics)
     on_chip = dx is not None and dx.flags.c_contiguous
-    cut = plan(x, dout, dx, widest=8, kept=2 * on_chip)
+    cut = plan_of(x, dout, dx, widest=8, kept=2 * on_chip)
     sums = cupy.empty((4, len(channels[0])), accumulator(x))
     arrays = (dout, x, relu, *channels, dx if cut.shared else None, sums)
     cut.run(_SOURCE, "batchnorm_backward", arrays, 2, _word(cut.shared > 0))
@@ -217,7 +217,7 @@ def moments(x: Array, shift: Array) -> tuple[Array, Array]:
     """Return the mean and the biased variance ``(I * C,)`` of ``x - shift`` over the samples."""
     x, shift = contiguous(x, shift)
     found = cupy.empty((2, len(shift)), accumulator(x))
-    plan(x).run(_SOURCE, "batchnorm_moments", (x, shift, found), 2)
+    plan_of(x).run(_SOURCE, "batchnorm_moments", (x, shift, found), 2)
     return found[0], found[1]
 
 
@@ -312,7 +312,7 @@ def backward_sums_add_relu(
     dout, out, x, *channels = contiguous(dout, out, x, *statistics[:3])
     sums = cupy.empty((2, len(channels[0])), accumulator(x))
     arrays = (dout, out, dresidual, x, *channels, sums)
-    cut = plan(x, dout, out, dresidual, widest=8)
+    cut = plan_of(x, dout, out, dresidual, widest=8)
     cut.run(_SOURCE, "batchnorm_add_relu_sums", arrays, 2)
     return sums[0], sums[1], dresidual
 
@@ -385,7 +385,7 @@ def _vectors(
 
 
 def _aligned(arrays: tuple[Array, ...]) -> bool:
-    return alignment([array.data.ptr for array in arrays]) == 16
+    return alignment_of([array.data.ptr for array in arrays]) == 16
 
 
 def _run_vectors(name: str, arrays: tuple[Any, ...], words: tuple[str, ...]) -> None:

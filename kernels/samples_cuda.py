@@ -17,7 +17,7 @@ _NODES = THREADS // WIDE * LEAVES  # parts that a block merges
 
 _LINE, _SECTOR = 128, 32  # bytes: what a warp should read side by side, and what a transfer has
 _BLOCKS = 4  # for each multiprocessor, where there are samples enough
-_FEW = 32 << 10  # bytes that one block takes in about as soon as another launch begins
+_FEW = 38 << 10  # bytes that a block has without asking, and is soon done with even if few work
 _BESIDE = 10 << 10  # shared memory of a block beside what it keeps, at the most
 
 
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
             parts = cupy.empty((width, self.tiles, self.sizes[0]), accumulator(arrays[0]))
             tickets = cupy.zeros(self.groups, np.uint32)
         compiled = kernel(text, name, arrays[0].dtype, self.layout, *words)
-        if self.shared > _FEW:  # more than blocks have without asking
+        if self.shared > _FEW:
             compiled.max_dynamic_shared_size_bytes = self.shared
         if self.groups:
             compiled(
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
             )
 
 
-def plan(x: Array, *others: Array | None, widest: int = 16, kept: int = 0) -> Plan:
+def plan_of(x: Array, *others: Array | None, widest: int = 16, kept: int = 0) -> Plan:
     """Plan the reduction of the channels of ``x (I, B, C, S)``, and of others that lie as it does.
 
     Of what a thread computes with, neighbouring channels have ``widest`` bytes at the most: there
@@ -60,7 +60,7 @@ def plan(x: Array, *others: Array | None, widest: int = 16, kept: int = 0) -> Pl
     them there, and there is one tile.
     """
     addresses = [array.data.ptr for array in (x, *others) if array is not None]
-    sizes = (x.shape, x.dtype.itemsize, alignment(addresses), widest, kept)
+    sizes = (x.shape, x.dtype.itemsize, alignment_of(addresses), widest, kept)
     return _plan(*sizes, *_device(x.device.id))
 
 
@@ -79,10 +79,10 @@ def _plan(
         batch, inner = 1, batch * inner
     rows, channels = batch * inner, instances * per_instance
     if inner > 1:
-        width = vector_width(inner, itemsize, aligned)
+        width = _vector_width(inner, itemsize, aligned)
         name, columns, of_block = f"Planes<{width}>", 1, 1
     else:
-        width = min(vector_width(per_instance, itemsize, aligned), widest // max(itemsize, 4))
+        width = min(_vector_width(per_instance, itemsize, aligned), widest // max(itemsize, 4))
         name, of_block = f"Columns<{width}>", width
         columns = min(_LINE // (width * itemsize), WIDE, _power(-(-channels // width)))
     most = 32 // of_block  # a thread's leaves: samples.cuh's 2^levels
@@ -114,7 +114,7 @@ def _plan(
     return cut(columns, share)
 
 
-def alignment(addresses: list[int]) -> int:
+def alignment_of(addresses: list[int]) -> int:
     """Return to how many bytes, 16 at the most, all of the addresses are aligned."""
     together = 16
     for address in addresses:
@@ -122,7 +122,7 @@ def alignment(addresses: list[int]) -> int:
     return together & -together
 
 
-def vector_width(neighbours: int, itemsize: int, aligned: int) -> int:
+def _vector_width(neighbours: int, itemsize: int, aligned: int) -> int:
     """Return how many values a vector has: as many as divide so many neighbours evenly."""
     width = aligned // itemsize
     while neighbours % width:
@@ -155,7 +155,7 @@ def square_sum(x: Array) -> Array:
 def _sum(name: str, x: Array) -> Array:
     (x,) = contiguous(x)
     out = cupy.empty(x.shape[0] * x.shape[2], accumulator(x))
-    plan(x).run(_SOURCE, name, (x, out), 1)
+    plan_of(x).run(_SOURCE, name, (x, out), 1)
     return out
 
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels import columns_numba, planes_numba
+from gpubn.kernels.columns_numba import TILES
 from gpubn.kernels.columns_numba import gradients as column_gradients
 from gpubn.kernels.columns_numba import moments as column_moments
-from gpubn.kernels.columns_numba import row
 from gpubn.kernels.compile_numba import compiled, inlined, plain
 from gpubn.kernels.memory import empty
 from gpubn.kernels.planes_numba import (
@@ -23,7 +23,8 @@ from gpubn.kernels.planes_numba import (
 from gpubn.kernels.real_numba import stored, widen
 from gpubn.kernels.samples_numba import merge_parts, reduce_channels
 from gpubn.kernels.statistics import Gradients, Statistics, accumulator
-from gpubn.kernels.threads import get_num_threads, pieces_of, split
+from gpubn.kernels.threads import get_num_threads, pieces_of
+from gpubn.kernels.threads_numba import split
 from gpubn.kernels.vectors_numba import (
     fill,
     lanes,
@@ -73,7 +74,7 @@ def train(
         *(None if residual is None else stored(residual)[0], relu or residual is not None),
         *(*stored(out), channels),
     )
-    split(lambda a, b: kernel(*arguments, a, b), units, x.size)
+    split(kernel, arguments, units, x.size)
     k, mean, _, invstd, scale, next_mean, next_var = channels
     return out, Statistics(k, mean, invstd, scale, beta), next_mean, next_var
 
@@ -95,7 +96,7 @@ def backward(
     channels = np.empty((4, x.shape[2]), accumulator(x))
     found = plain(*statistics)
     arguments = (*stored(dout, x), *found[:4], found[4] if relu else None, *stored(dx), channels)
-    split(lambda a, b: kernel(*arguments, a, b), units, x.size)
+    split(kernel, arguments, units, x.size)
     return dx, channels[0], channels[1]
 
 
@@ -283,9 +284,9 @@ def _elementwise(
     """Run a kernel over the rows of ``x``: of neighbouring channels, or of a channel's samples."""
     instances, batch, channels, inner = x.shape
     if inner == 1:
-        split(lambda a, b: by_row(*arguments, a, b), instances * batch, x.size)
+        split(by_row, arguments, instances * batch, x.size)
     else:
-        split(lambda a, b: by_plane(*arguments, a, b), instances * batch * channels, x.size)
+        split(by_plane, arguments, instances * batch * channels, x.size)
 
 
 # --- A channel's few numbers ---------------------------------------------------------------------
@@ -416,7 +417,7 @@ def _train_columns(
     shift, mean, scale = channels[0], channels[1], channels[4]
     parts = channels[1:3].reshape(2, 1, columns)
     _shift(x, shift, 0, columns)
-    column_moments(x, shift, parts, batch, 0, 1, 0, 1, 0, columns)  # one tile
+    column_moments(x, shift, parts, batch, TILES, 0, 1)  # one tile
     _describe(
         *(gamma, running_mean, running_var, eps, momentum, complement, correction),
         *(channels, 0, columns),
@@ -500,7 +501,7 @@ def _backward_columns(
     dgamma, dbeta, constant, slope = channels[0], channels[1], channels[2], channels[3]
     column_gradients(
         *(dout, x, shift, mean, invstd, scale, beta, None, None, parts, batch),
-        *(0, 1, 0, 1, 0, columns),
+        *(TILES, 0, 1),
     )
     _gradients(scale, dgamma, dbeta, channels.dtype.type(batch), constant, slope)
     _dx(dout, x, shift, mean, invstd, scale, beta, constant, slope, dx, 0, batch)
@@ -525,7 +526,7 @@ def _normalize(
     batch, channels = x.shape[1:3]
     statistics = shift, mean, scale, beta
     for r in range(first, last):
-        _normalize_row(x, statistics, residual, relu, out, r // batch, r % batch, 0, channels)
+        _normalize_row(x, statistics, residual, relu, out, r * channels, r // batch * channels)
 
 
 @compiled
@@ -535,19 +536,16 @@ def _normalize_row(
     residual: Any,
     relu: bool,
     out: Any,
-    instance: int,
-    n: int,
-    a: int,
-    b: int,
+    first: int,
+    channel: int,
 ) -> None:
-    """Normalize columns a to b of a row of channels."""
-    w, part = lanes(out), (b - a) % lanes(out)
-    first, channel = row(x, instance, n), instance * x.shape[2]
-    for j in range(a, b - w + 1, w):
+    """Normalize a row of channels, the elements from ``first`` on."""
+    columns, w, part = x.shape[2], lanes(out), x.shape[2] % lanes(out)
+    for j in range(0, columns - w + 1, w):
         v = _normalized(x, statistics, residual, relu, out, first + j, channel + j, None)
         store(out, first + j, v)
     if part:
-        j = b - part
+        j = columns - part
         v = _normalized(x, statistics, residual, relu, out, first + j, channel + j, part)
         store_part(out, first + j, part, v)
 
@@ -645,7 +643,7 @@ def _dx(
     for r in range(first, last):
         _dx_row(
             *(dout, x, statistics, beta, constant, slope, dx),
-            *(r // batch, r % batch, 0, channels),
+            *(r * channels, r // batch * channels),
         )
 
 
@@ -658,21 +656,18 @@ def _dx_row(
     constant: Any,
     slope: Any,
     dx: Any,
-    instance: int,
-    n: int,
-    a: int,
-    b: int,
+    first: int,
+    channel: int,
 ) -> None:
-    """Write columns a to b of a row of dx."""
-    w, part = lanes(dx), (b - a) % lanes(dx)
-    first, channel = row(x, instance, n), instance * x.shape[2]
-    for j in range(a, b - w + 1, w):
+    """Write a row of dx, the elements from ``first`` on."""
+    columns, w, part = x.shape[2], lanes(dx), x.shape[2] % lanes(dx)
+    for j in range(0, columns - w + 1, w):
         v = _dx_columns(
             dout, x, statistics, beta, constant, slope, dx, first + j, channel + j, None
         )
         store(dx, first + j, v)
     if part:
-        j = b - part
+        j = columns - part
         v = _dx_columns(
             dout, x, statistics, beta, constant, slope, dx, first + j, channel + j, part
         )

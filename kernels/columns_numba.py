@@ -27,7 +27,26 @@ from gpubn.kernels.vectors_numba import (
 )
 
 BLOCK = 4096  # columns walked together: long rows are read fastest, and a few must fit in a cache
-_SHORT = 2048  # bytes of a row of which a leaf of eight stays in the first cache
+_SHORT = 1024  # bytes of a row of which two leaves of eight stay in the first cache
+
+
+# What a kernel's units of work are, of which it is given a range; of all else it takes all.
+INSTANCES, TILES, COLUMNS = 0, 1, 2
+BLOCK_COLUMNS = 1024  # of a unit, where columns are
+
+
+@inlined
+def _ranges(x: Any, units: int, first: int, last: int) -> Any:
+    """Return the instances, tiles and columns, each a first and a last, of a range of units.
+
+    There is one tile where tiles are not the units, one instance where instances are not.
+    """
+    columns = x.shape[2]
+    if units == INSTANCES:
+        return first, last, 0, 1, 0, columns
+    if units == TILES:
+        return 0, 1, first, last, 0, columns
+    return 0, 1, 0, 1, first * BLOCK_COLUMNS, min(last * BLOCK_COLUMNS, columns)
 
 
 # --- Rows ----------------------------------------------------------------------------------------
@@ -75,7 +94,7 @@ def counter(like: Any, width: int, leaves: int, columns: int) -> Any:
 
 
 @inlined
-def _push_sum(levels: Any, at: int, count: int, total: Any) -> None:
+def push_sum(levels: Any, at: int, count: int, total: Any) -> None:
     """Add a leaf's sums of the columns at ``at`` in a node to a counter that holds ``count``."""
     step = levels.shape[1] * levels.shape[2]
     while count & 1:
@@ -100,8 +119,8 @@ def fold_sums(levels: Any, count: int, node: Any, started: bool) -> None:
 
 
 @inlined
-def _push_moments(levels: Any, at: int, count: int, node: Any, half: Any) -> None:
-    """Add a leaf's moments, a pair of vectors, as ``_push_sum`` adds its sums."""
+def push_moments(levels: Any, at: int, count: int, node: Any, half: Any) -> None:
+    """Add a leaf's moments, a pair of vectors, as ``push_sum`` adds its sums."""
     padded = levels.shape[2]
     while count & 1:
         node = merged_equal((load(levels, at), load(levels, at + padded)), node, half)
@@ -151,7 +170,7 @@ def merge_sums(parts: Any, part_rows: int, rows: int, out: Any) -> None:
         for part in range(count):  # a shorter last part is a sum like any other
             at = (k * count + part) * columns
             for j in range(0, columns, w):
-                _push_sum(levels, j, part, load_part(parts, at + j, min(w, columns - j)))
+                push_sum(levels, j, part, load_part(parts, at + j, min(w, columns - j)))
         fold_sums(levels, count, node, False)
         copy_row(node, 0, out, k * columns, columns)
 
@@ -169,7 +188,7 @@ def merge_moments(parts: Any, part_rows: int, rows: int, out: Any) -> None:
             n = min(w, columns - j)
             moments = load_part(parts, mean + j, n), load_part(parts, var + j, n)
             if part < full:
-                _push_moments(levels, j, part, moments, half)
+                push_moments(levels, j, part, moments, half)
             else:
                 store(node, j, moments[0])
                 store(node, node.shape[1] + j, moments[1])
@@ -203,27 +222,25 @@ def moments(
     shift: Any,
     parts: Any,
     tile_rows: int,
-    first_instance: int,
-    last_instance: int,
-    first_tile: int,
-    last_tile: int,
+    units: int,
     first: int,
     last: int,
 ) -> None:
     """Write the moments of ``x (I, B, C, 1)`` after the shift to ``parts``, a tile each."""
-    for instance in range(first_instance, last_instance):
-        for tile in range(first_tile, last_tile):
+    i0, i1, tile0, tile1, column0, column1 = _ranges(x, units, first, last)
+    for instance in range(i0, i1):
+        for tile in range(tile0, tile1):
             start = tile * tile_rows
             rows = min(tile_rows, x.shape[1] - start)
             leaves, rest = rows // 8, rows % 8
-            for a in range(first, last, BLOCK):
-                b = min(a + BLOCK, last)
+            for a in range(column0, column1, BLOCK):
+                b = min(a + BLOCK, column1)
                 levels = counter(parts, 2, leaves, b - a)
                 node = np.empty_like(levels[0])
                 for leaf in range(leaves):
                     _moments_leaf(x, shift, instance, start + leaf * 8, a, b, levels, leaf)
                 if rest:
-                    _moments_short_leaf(x, shift, instance, start + leaves * 8, rest, a, b, node)
+                    short_leaf_moments(x, shift, instance, start + leaves * 8, rest, a, b, node)
                 fold_moments(levels, leaves, 8, node, rest)
                 put_parts(node, parts, tile, instance * x.shape[2] + a, b - a)
 
@@ -260,13 +277,14 @@ def _moments_of_leaf(
     d4, d5 = read(x, at + 4 * step, part) - k, read(x, at + 5 * step, part) - k
     d6, d7 = read(x, at + 6 * step, part) - k, read(x, at + 7 * step, part) - k
     node = leaf_moments((d0, d1, d2, d3, d4, d5, d6, d7), fill(real(0.125)))
-    _push_moments(levels, place, count, node, fill(real(0.5)))
+    push_moments(levels, place, count, node, fill(real(0.5)))
 
 
 @compiled
-def _moments_short_leaf(
+def short_leaf_moments(
     x: Any, shift: Any, instance: int, r: int, rows: int, a: int, b: int, node: Any
 ) -> None:
+    """Write the moments of columns a to b of fewer than eight rows, from ``r`` on, to ``node``."""
     w, real = lanes(node), node.dtype.type
     count, eighth = fill(real(rows)), fill(real(0.125))
     v = np.zeros((8, w), node.dtype)  # rows beyond the last one add +0
@@ -292,22 +310,20 @@ def sums(
     square: bool,
     parts: Any,
     tile_rows: int,
-    first_instance: int,
-    last_instance: int,
-    first_tile: int,
-    last_tile: int,
+    units: int,
     first: int,
     last: int,
 ) -> None:
     """Write the sums of ``x (I, B, C, 1)``, or of its squares, to ``parts``, a tile each."""
     columns, w = x.shape[2], lanes(parts)
     v = np.empty((8, w), parts.dtype)
-    for instance in range(first_instance, last_instance):
-        for tile in range(first_tile, last_tile):
+    i0, i1, tile0, tile1, column0, column1 = _ranges(x, units, first, last)
+    for instance in range(i0, i1):
+        for tile in range(tile0, tile1):
             start = tile * tile_rows
             rows = min(tile_rows, x.shape[1] - start)
-            for a in range(first, last, BLOCK):
-                b = min(a + BLOCK, last)
+            for a in range(column0, column1, BLOCK):
+                b = min(a + BLOCK, column1)
                 levels = counter(parts, 1, rows // 8, b - a)
                 node = np.empty_like(levels[0])
                 for leaf in range((rows + 7) // 8):
@@ -319,7 +335,7 @@ def sums(
                             value = read(x, row(x, instance, r + i) + j, min(w, b - j))
                             store(v, i * w, value * value if square else value)
                         if count == 8:
-                            _push_sum(levels, j - a, leaf, _sum_rows(v, 0))
+                            push_sum(levels, j - a, leaf, _sum_rows(v, 0))
                         else:
                             store(node, j - a, _sum_rows(v, 0))
                 fold_sums(levels, rows // 8, node, rows % 8 > 0)
@@ -343,10 +359,7 @@ def gradients(
     dresidual: Any,
     parts: Any,
     tile_rows: int,
-    first_instance: int,
-    last_instance: int,
-    first_tile: int,
-    last_tile: int,
+    units: int,
     first: int,
     last: int,
 ) -> None:
@@ -356,12 +369,13 @@ def gradients(
     where ``beta`` is, 0 unless the normalized value is above 0. Statistics are a channel's.
     """
     statistics = shift, mean, invstd
-    for instance in range(first_instance, last_instance):
-        for tile in range(first_tile, last_tile):
+    i0, i1, tile0, tile1, column0, column1 = _ranges(x, units, first, last)
+    for instance in range(i0, i1):
+        for tile in range(tile0, tile1):
             start = tile * tile_rows
             rows = min(tile_rows, x.shape[1] - start)
-            for a in range(first, last, BLOCK):
-                b = min(a + BLOCK, last)
+            for a in range(column0, column1, BLOCK):
+                b = min(a + BLOCK, column1)
                 levels = counter(parts, 2, rows // 8, b - a)
                 node = np.empty_like(levels[0])
                 for leaf in range((rows + 7) // 8):
@@ -465,8 +479,8 @@ def _gradient_of_leaf(
     h5, g5 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 5, j, part)
     h6, g6 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 6, j, part)
     h7, g7 = _gradient(dout, x, statistics, scale, beta, by_row, i, r + 7, j, part)
-    _push_sum(levels, place, count, sum8(h0, h1, h2, h3, h4, h5, h6, h7))
-    _push_sum(levels, levels.shape[2] + place, count, sum8(g0, g1, g2, g3, g4, g5, g6, g7))
+    push_sum(levels, place, count, sum8(h0, h1, h2, h3, h4, h5, h6, h7))
+    push_sum(levels, levels.shape[2] + place, count, sum8(g0, g1, g2, g3, g4, g5, g6, g7))
 
 
 @inlined

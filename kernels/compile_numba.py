@@ -80,7 +80,7 @@ def plain(*arrays: Array) -> tuple[Any, ...]:
     Only what is not in C order is copied. A read-only array gives a view that Numba takes for
     writable; no kernel writes to its inputs.
     """
-    return tuple(_plain(array) for array in arrays)
+    return tuple(map(_plain, arrays))
 
 
 class _Lent:
@@ -93,8 +93,10 @@ class _Lent:
 
 
 def _plain(array: Array) -> Any:
+    if type(array) is np.ndarray and array.flags.carray:  # C order, aligned, writable
+        return array
     array = np.asarray(array)  # of a subclass, a memmap say, the plain array
-    if array.flags.carray:  # C order, aligned, writable
+    if array.flags.carray:
         return array
     array = np.require(array, requirements=["C", "A"])
     return array if array.flags.writeable or array.size == 0 else np.asarray(_Lent(array))

@@ -16,15 +16,15 @@ _apply = Elementwise(
 )
 
 
-def apply(x: Array, p: float, seed: int, stream: int, step: int) -> Array:
+def apply(x: Array, p: float, seed: int, stream: int, step: int, out: Array | None = None) -> Array:
     """Return ``x / p`` where the mask of ``(seed, stream, step)`` keeps an element, else 0.
 
-    The same call on ``dout`` is the backward pass.
+    To ``out`` if given. The same call on ``dout`` is the backward pass.
     """
     shape = x.shape  # contiguous() gives an array of no dimensions one
     (x,) = contiguous(x)  # the mask follows the C order of the elements
     threshold = np.uint64(round(p * 2**32))
     key = (np.uint64(seed), np.uint32(stream), np.uint32(step))
-    out = cupy.empty(x.shape, x.dtype)
+    out = cupy.empty(x.shape, x.dtype) if out is None else out.reshape(x.shape)
     _apply(x.dtype, x, accumulator(x).type(1 / p), threshold, *key, out)
     return out.reshape(shape)

@@ -9,22 +9,22 @@ from gpubn.kernels.compile_numba import compiled
 from gpubn.kernels.memory import empty
 from gpubn.kernels.real_numba import narrow, stored, widen
 from gpubn.kernels.statistics import accumulator
-from gpubn.kernels.threads import split
+from gpubn.kernels.threads_numba import split
 
 BLOCKS = 256  # blocks of four words that are drawn together
 
 
-def apply(x: Array, p: float, seed: int, stream: int, step: int) -> Array:
+def apply(x: Array, p: float, seed: int, stream: int, step: int, out: Array | None = None) -> Array:
     """Return ``x / p`` where the mask of ``(seed, stream, step)`` keeps an element, else 0.
 
-    The same call on ``dout`` is the backward pass.
+    To ``out`` if given. The same call on ``dout`` is the backward pass.
     """
-    out = empty(x.shape, x.dtype)
+    out = empty(x.shape, x.dtype) if out is None else out
     threshold = np.uint64(round(p * 2**32))
     key = (np.uint64(seed), np.uint32(stream), np.uint32(step))
     flat = (array.reshape(-1) for array in stored(x, out))
     arguments = (*flat, accumulator(x).type(1 / p), threshold, *key)
-    split(lambda a, b: _apply(*arguments, a, b), -(-x.size // 4), x.size)
+    split(_apply, arguments, -(-x.size // 4), x.size)
     return out
 
 

@@ -12,7 +12,7 @@ from numba.extending import overload
 
 from gpubn.backend import Array
 from gpubn.kernels.compile_numba import OPTIONS, bits, compiled, fma, from_bits, plain
-from gpubn.kernels.threads import split
+from gpubn.kernels.threads_numba import split
 
 
 def exp(x: Array) -> Array:
@@ -29,7 +29,7 @@ def _map(kernel: Callable[..., None], x: Array) -> Array:
     (x,) = plain(x)
     out = np.empty_like(x)
     flat = (x.reshape(-1), out.reshape(-1))
-    split(lambda a, b: kernel(*flat, a, b), x.size, x.size)
+    split(kernel, flat, x.size, x.size)
     return out
 
 

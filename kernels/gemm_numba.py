@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from gpubn.backend import Array
 from gpubn.kernels.compile_numba import compiled, plain
-from gpubn.kernels.threads import split
+from gpubn.kernels.threads_numba import split
 
 TILE_ROWS = 6  # with 16 float32 columns they fill the registers of AVX2, and of AVX-512 half
 VECTOR_BYTES = 64
@@ -36,28 +36,16 @@ def matmul(a: Array, b: Array) -> Array:
     panels, tiles = -(-columns // width), -(-rows // TILE_ROWS)
     work = rows * columns * depth // 32  # in the time that it takes, in elements that are mapped
     if panels >= tiles:  # what is not split, every thread copies for itself
-        split(
-            lambda i, j: _multiply(
-                *arrays, depth, 0, rows, i * width, min(j * width, columns), width
-            ),
-            panels,
-            work,
-        )
+        split(_multiply_panels, (*arrays, depth, rows, columns, width), panels, work)
     else:
-        split(
-            lambda i, j: _multiply(
-                *arrays, depth, i * TILE_ROWS, min(j * TILE_ROWS, rows), 0, columns, width
-            ),
-            tiles,
-            work,
-        )
+        split(_multiply_tiles, (*arrays, depth, rows, columns, width), tiles, work)
     return out
 
 
 def add_bias(x: Array, b: Array) -> None:
     """Add ``b (D,)`` to every row of ``x (N, D)``, in place; ``x`` is in C order."""
     (b,) = plain(b)
-    split(lambda i, j: _add_bias(x, b, i, j), x.shape[0], x.size)
+    split(_add_bias, (x, b), x.shape[0], x.size)
 
 
 def _cost(a: Array, b: Array, out: Array) -> float:
@@ -86,6 +74,52 @@ def _strided(a: Array) -> tuple[Any, int, int]:
     if a.flags.f_contiguous and not a.flags.c_contiguous:
         return plain(a.T)[0].reshape(-1), 1, a.shape[0]
     return plain(a)[0].reshape(-1), a.shape[1], 1
+
+
+@compiled
+def _multiply_panels(
+    a: Any,
+    a_row: int,
+    a_k: int,
+    b: Any,
+    b_k: int,
+    b_column: int,
+    out: Any,
+    out_row: int,
+    out_column: int,
+    depth: int,
+    rows: int,
+    columns: int,
+    width: int,
+    first: int,
+    last: int,
+) -> None:
+    """Go on with the chains of panels of ``width`` columns."""
+    arrays = (a, a_row, a_k, b, b_k, b_column, out, out_row, out_column)
+    _multiply(*arrays, depth, 0, rows, first * width, min(last * width, columns), width)
+
+
+@compiled
+def _multiply_tiles(
+    a: Any,
+    a_row: int,
+    a_k: int,
+    b: Any,
+    b_k: int,
+    b_column: int,
+    out: Any,
+    out_row: int,
+    out_column: int,
+    depth: int,
+    rows: int,
+    columns: int,
+    width: int,
+    first: int,
+    last: int,
+) -> None:
+    """Go on with the chains of tiles of ``TILE_ROWS`` rows."""
+    arrays = (a, a_row, a_k, b, b_k, b_column, out, out_row, out_column)
+    _multiply(*arrays, depth, first * TILE_ROWS, min(last * TILE_ROWS, rows), 0, columns, width)
 
 
 @compiled

@@ -5,7 +5,7 @@ from typing import Any
 from gpubn.backend import Array
 from gpubn.kernels.compile_numba import compiled, plain
 from gpubn.kernels.samples_numba import square_sum
-from gpubn.kernels.threads import split
+from gpubn.kernels.threads_numba import split
 
 
 def sum_of_squares(x: Array) -> Array:
@@ -16,7 +16,7 @@ def sum_of_squares(x: Array) -> Array:
 def add_scaled(y: Array, x: Array, factor: float) -> None:
     """Add ``factor * x`` to ``y``, in place; ``y`` is in C order."""
     flat = (y.reshape(-1), plain(x)[0].reshape(-1), y.dtype.type(factor))
-    split(lambda a, b: _add_scaled(*flat, a, b), y.size, y.size)
+    split(_add_scaled, flat, y.size, y.size)
 
 
 @compiled

@@ -6,15 +6,16 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels.batchnorm_numba import middle
-from gpubn.kernels.columns_numba import counter, fold_sums, gradient_leaf, put_parts
+from gpubn.kernels.columns_numba import counter
 from gpubn.kernels.compile_numba import compiled, inlined, plain
 from gpubn.kernels.memory import empty
-from gpubn.kernels.planes_numba import buffer_of, copy_less, row_moments, row_sum, workspace
 from gpubn.kernels.real_numba import stored, widen
-from gpubn.kernels.samples_numba import reduce_rows
+from gpubn.kernels.rows_numba import backward as backward_of_rows
+from gpubn.kernels.rows_numba import chunk_of, moments_of_rows
+from gpubn.kernels.samples_numba import groups_of_rows, reduce_rows
 from gpubn.kernels.statistics import accumulator
-from gpubn.kernels.threads import split
-from gpubn.kernels.vectors_numba import fill, lanes, load, load_part, read, store, store_part
+from gpubn.kernels.threads_numba import split
+from gpubn.kernels.vectors_numba import fill, lanes, load, load_part, store, store_part
 
 
 def forward(
@@ -25,7 +26,7 @@ def forward(
     out = empty(x.shape, x.dtype) if out is None else out
     shift, mean, invstd = np.empty((3, rows), real)
     arguments = (*stored(x), *plain(gamma, beta), *stored(out), shift, mean, invstd, real.type(eps))
-    split(lambda a, b: _forward(*arguments, a, b), rows, x.size)
+    split(_forward, arguments, groups_of_rows(x), x.size)
     return out, shift, mean, invstd
 
 
@@ -43,8 +44,8 @@ def backward(
     These are the sums over rows of ``dout * xhat`` and of ``dout``.
     """
     dx = empty(x.shape, x.dtype) if out is None else out
-    arguments = (*stored(dout, x), *plain(gamma, shift, mean, invstd), *stored(dx))
-    dgamma, dbeta = reduce_rows(_backward, x, arguments)
+    arguments = (*stored(dout, x), *plain(gamma, shift, mean, invstd), True, *stored(dx))
+    dgamma, dbeta = reduce_rows(backward_of_rows, x, arguments)
     return dx, dgamma, dbeta
 
 
@@ -61,116 +62,33 @@ def _forward(
     first: int,
     last: int,
 ) -> None:
-    columns, one = x.shape[1], gamma.dtype.type(1)
-    work, d = workspace(gamma, 1, columns), buffer_of(gamma, columns)
-    for r in range(first, last):
-        xr, y = x[r], out[r]
-        k = middle(widen(xr[0]), widen(xr[columns // 2]), widen(xr[columns - 1]))
-        copy_less(x, r * columns, columns, fill(k), d, 0)
-        m, var = row_moments(d, columns, work)
-        s = one / np.sqrt(var + eps)
-        _normalize_row(d, fill(m), fill(s), gamma, beta, y)
-        shift[r], mean[r], invstd[r] = k, m, s
+    """Normalize groups of W rows."""
+    (rows, columns), w, one = x.shape, lanes(gamma), gamma.dtype.type(1)
+    chunk, levels = chunk_of(gamma, columns), counter(gamma, 2, columns // 8, w)
+    node, k = np.empty_like(levels[0]), np.zeros(w, gamma.dtype)
+    for r in range(first * w, min(last * w, rows), w):
+        n = min(w, rows - r)
+        for i in range(n):
+            xr = x[r + i]
+            k[i] = middle(widen(xr[0]), widen(xr[columns // 2]), widen(xr[columns - 1]))
+        moments_of_rows(x, r, n, k, chunk, levels, node)
+        for i in range(n):
+            m, s = node[0, i], one / np.sqrt(node[1, i] + eps)
+            shift[r + i], mean[r + i], invstd[r + i] = k[i], m, s
+            _normalize_row(x, (r + i) * columns, fill(k[i]), fill(m), fill(s), gamma, beta, out)
 
 
 @inlined
-def _normalize_row(d: Any, m: Any, s: Any, gamma: Any, beta: Any, out: Any) -> None:
-    columns, w = out.shape[0], lanes(out)
-    for j in range(0, columns - w + 1, w):
-        store(out, j, ((load(d, j) - m) * s) * load(gamma, j) + load(beta, j))
-    c = columns % w
-    if c:
-        j = columns - c
-        value = ((load(d, j) - m) * s) * load_part(gamma, j, c) + load_part(beta, j, c)
-        store_part(out, j, c, value)
-
-
-@compiled
-def _backward(
-    dout: Any,
-    x: Any,
-    gamma: Any,
-    shift: Any,
-    mean: Any,
-    invstd: Any,
-    dx: Any,
-    parts: Any,
-    tile_rows: int,
-    first: int,
-    last: int,
+def _normalize_row(
+    x: Any, first: int, k: Any, m: Any, s: Any, gamma: Any, beta: Any, out: Any
 ) -> None:
-    """Write dx of tiles of rows, and the tiles' sums to ``parts``: a row is read once."""
-    rows, columns = x.shape
-    dout4, x4 = dout.reshape(1, rows, columns, 1), x.reshape(1, rows, columns, 1)
-    statistics, work = (shift, mean, invstd), workspace(gamma, 1, columns)
-    g, gx, xhat = buffer_of(gamma, columns), buffer_of(gamma, columns), buffer_of(gamma, columns)
-    for tile in range(first, last):
-        start = tile * tile_rows
-        end = min(start + tile_rows, rows)
-        levels = counter(parts, 2, (end - start) // 8, columns)
-        node = np.empty_like(levels[0])
-        for r in range(start, end, 8):
-            count = min(8, end - r)
-            for i in range(r, r + count):
-                k, m, s = fill(shift[i]), fill(mean[i]), fill(invstd[i])
-                _dx_row(dout, x, i * columns, gamma, k, m, s, g, gx, xhat, work, dx)
-            gradient_leaf(
-                *(dout4, x4, statistics, None, None, True),
-                *(0, r, count, 0, columns, levels, (r - start) // 8, node),
-            )
-        fold_sums(levels, (end - start) // 8, node, (end - start) % 8 > 0)
-        put_parts(node, parts, tile, 0, columns)
-
-
-@compiled
-def _dx_row(
-    dout: Any,
-    x: Any,
-    first: int,
-    gamma: Any,
-    k: Any,
-    m: Any,
-    s: Any,
-    g: Any,
-    gx: Any,
-    xhat: Any,
-    work: Any,
-    dx: Any,
-) -> None:
-    """Write a row of dx, the elements from ``first`` on; ``g``, ``gx`` and ``xhat`` are buffers."""
-    columns, w, part = gamma.shape[0], lanes(gamma), gamma.shape[0] % lanes(gamma)
-    count = gamma.dtype.type(columns)
+    """Normalize a row, the elements from ``first`` on."""
+    columns, w, part = x.shape[1], lanes(gamma), x.shape[1] % lanes(gamma)
     for j in range(0, columns - w + 1, w):
-        _put_values(dout, x, first, gamma, k, m, s, j, None, g, gx, xhat)
-    if part:
-        _put_values(dout, x, first, gamma, k, m, s, columns - part, part, g, gx, xhat)
-    mean_g = fill(row_sum(g, columns, work) / count)
-    mean_gx = fill(row_sum(gx, columns, work) / count)
-    for j in range(0, columns - w + 1, w):
-        store(dx, first + j, s * ((load(g, j) - mean_g) - load(xhat, j) * mean_gx))
+        xhat = ((load(x, first + j) - k) - m) * s
+        store(out, first + j, xhat * load(gamma, j) + load(beta, j))
     if part:
         j = columns - part
-        value = s * ((load(g, j) - mean_g) - load(xhat, j) * mean_gx)
-        store_part(dx, first + j, part, value)
-
-
-@inlined
-def _put_values(
-    dout: Any,
-    x: Any,
-    first: int,
-    gamma: Any,
-    k: Any,
-    m: Any,
-    s: Any,
-    j: int,
-    part: int | None,
-    g: Any,
-    gx: Any,
-    xhat: Any,
-) -> None:
-    gv = read(dout, first + j, part) * read(gamma, j, part)
-    xv = ((read(x, first + j, part) - k) - m) * s
-    store(g, j, gv)
-    store(xhat, j, xv)
-    store(gx, j, gv * xv)
+        xhat = ((load_part(x, first + j, part) - k) - m) * s
+        value = xhat * load_part(gamma, j, part) + load_part(beta, j, part)
+        store_part(out, first + j, part, value)

@@ -10,7 +10,7 @@ from gpubn.backend import Array
 from gpubn.kernels.compile_cuda import contiguous, kernel, source
 from gpubn.kernels.samples_cuda import THREADS, channel_sum
 
-_SOURCE = source("real", "elementary", "samples", "losses")
+_SOURCE = source("real", "elementary", "samples", "rows", "losses")
 
 _over_n = cupy.ElementwiseKernel(
     "T total, int64 rows",

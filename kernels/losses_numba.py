@@ -10,7 +10,7 @@ from gpubn.kernels.compile_numba import compiled, plain
 from gpubn.kernels.elementary_numba import exp_of, log_of
 from gpubn.kernels.planes_numba import buffer_of, row_sum, workspace
 from gpubn.kernels.samples_numba import channel_sum
-from gpubn.kernels.threads import split
+from gpubn.kernels.threads_numba import split
 
 
 def softmax_loss(x: Array, y: Array) -> tuple[Array, Array]:
@@ -31,7 +31,7 @@ def count_correct(x: Array, y: Array) -> Array:
 def _mean_loss(kernel: Callable[..., None], x: Array, y: Array) -> tuple[Array, Array]:
     x, y = plain(x, y)
     losses, dx = np.empty(x.shape[0], x.dtype), np.empty_like(x)
-    split(lambda a, b: kernel(x, y, losses, dx, a, b), x.shape[0], x.size)
+    split(kernel, (x, y, losses, dx), x.shape[0], x.size)
     total = channel_sum(losses[None, None, None])[0]
     return np.asarray(total / x.dtype.type(x.shape[0])), dx
 

@@ -2,18 +2,17 @@
 
 from typing import Any
 
-import numpy as np
-
 from gpubn.backend import Array
-from gpubn.kernels.compile_numba import compiled
-from gpubn.kernels.threads import split
+from gpubn.kernels.compile_numba import compiled, inlined
+from gpubn.kernels.threads_numba import split
+from gpubn.kernels.vectors_numba import fill, lanes, read, sqrt_of, store, store_part
 
 
 def sgd(w: Array, dw: Array, lr: float, next_w: Array) -> None:
     """Write ``w - lr * dw`` to ``next_w``."""
     arrays = _flat(w, dw, next_w)
     scalars = _scalars(w, lr)
-    split(lambda a, b: _sgd(*arrays, *scalars, a, b), w.size, w.size)
+    split(_sgd, (*arrays, *scalars), w.size, w.size)
 
 
 def sgd_momentum(
@@ -28,7 +27,7 @@ def sgd_momentum(
     """Write ``v = momentum * velocity - lr * dw`` and ``w + v``."""
     arrays = _flat(w, dw, velocity, next_w, next_velocity)
     scalars = _scalars(w, lr, momentum)
-    split(lambda a, b: _sgd_momentum(*arrays, *scalars, a, b), w.size, w.size)
+    split(_sgd_momentum, (*arrays, *scalars), w.size, w.size)
 
 
 def rmsprop(
@@ -44,7 +43,7 @@ def rmsprop(
     """Write ``c = decay * cache + (1 - decay) * dw**2``, ``w - lr * dw / (sqrt(c) + epsilon)``."""
     arrays = _flat(w, dw, cache, next_w, next_cache)
     scalars = _scalars(w, lr, decay, 1.0 - decay, epsilon)
-    split(lambda a, b: _rmsprop(*arrays, *scalars, a, b), w.size, w.size)
+    split(_rmsprop, (*arrays, *scalars), w.size, w.size)
 
 
 def adam(
@@ -72,7 +71,7 @@ def adam(
     first = (beta1, 1.0 - beta1, correction1)
     second = (beta2, 1.0 - beta2, correction2)
     scalars = (*_scalars(w, lr, *first, *second, epsilon, weight_decay), decayed)
-    split(lambda a, b: _adam(*arrays, *scalars, a, b), w.size, w.size)
+    split(_adam, (*arrays, *scalars), w.size, w.size)
 
 
 def _flat(*arrays: Array) -> tuple[Any, ...]:
@@ -84,11 +83,29 @@ def _scalars(w: Array, *values: float) -> tuple[Any, ...]:
     return tuple(w.dtype.type(value) for value in values)
 
 
+# Vectors by hand: LLVM vectorises no loop that may write what it reads, as updates in place do.
+
+
+@inlined
+def _put(out: Any, i: int, part: int | None, value: Any) -> None:
+    if part is None:
+        store(out, i, value)
+    else:
+        store_part(out, i, part, value)
+
+
 @compiled
 def _sgd(w: Any, dw: Any, next_w: Any, lr: Any, first: int, last: int) -> None:
-    w, dw, next_w = w[first:last], dw[first:last], next_w[first:last]
-    for i in range(next_w.shape[0]):
-        next_w[i] = w[i] - lr * dw[i]
+    part = (last - first) % lanes(w)
+    for i in range(first, last - part, lanes(w)):
+        _sgd_at(w, dw, next_w, fill(lr), i, None)
+    if part:
+        _sgd_at(w, dw, next_w, fill(lr), last - part, part)
+
+
+@inlined
+def _sgd_at(w: Any, dw: Any, next_w: Any, lr: Any, i: int, part: int | None) -> None:
+    _put(next_w, i, part, read(w, i, part) - lr * read(dw, i, part))
 
 
 @compiled
@@ -103,10 +120,21 @@ def _sgd_momentum(
     first: int,
     last: int,
 ) -> None:
-    for i in range(first, last):
-        step = momentum * velocity[i] - lr * dw[i]
-        next_w[i] = w[i] + step
-        next_velocity[i] = step
+    arrays, scalars = (w, dw, velocity, next_w, next_velocity), (fill(lr), fill(momentum))
+    part = (last - first) % lanes(w)
+    for i in range(first, last - part, lanes(w)):
+        _sgd_momentum_at(arrays, scalars, i, None)
+    if part:
+        _sgd_momentum_at(arrays, scalars, last - part, part)
+
+
+@inlined
+def _sgd_momentum_at(arrays: Any, scalars: Any, i: int, part: int | None) -> None:
+    w, dw, velocity, next_w, next_velocity = arrays
+    lr, momentum = scalars
+    step = momentum * read(velocity, i, part) - lr * read(dw, i, part)
+    _put(next_w, i, part, read(w, i, part) + step)
+    _put(next_velocity, i, part, step)
 
 
 @compiled
@@ -123,10 +151,23 @@ def _rmsprop(
     first: int,
     last: int,
 ) -> None:
-    for i in range(first, last):
-        square = decay * cache[i] + complement * (dw[i] * dw[i])
-        next_w[i] = w[i] - (lr * dw[i]) / (np.sqrt(square) + epsilon)
-        next_cache[i] = square
+    arrays = w, dw, cache, next_w, next_cache
+    scalars = fill(lr), fill(decay), fill(complement), fill(epsilon)
+    part = (last - first) % lanes(w)
+    for i in range(first, last - part, lanes(w)):
+        _rmsprop_at(arrays, scalars, i, None)
+    if part:
+        _rmsprop_at(arrays, scalars, last - part, part)
+
+
+@inlined
+def _rmsprop_at(arrays: Any, scalars: Any, i: int, part: int | None) -> None:
+    w, dw, cache, next_w, next_cache = arrays
+    lr, decay, complement, epsilon = scalars
+    g = read(dw, i, part)
+    square = decay * read(cache, i, part) + complement * (g * g)
+    _put(next_w, i, part, read(w, i, part) - (lr * g) / (sqrt_of(square) + epsilon))
+    _put(next_cache, i, part, square)
 
 
 @compiled
@@ -151,12 +192,34 @@ def _adam(
     first: int,
     last: int,
 ) -> None:
-    for i in range(first, last):
-        m_i = beta1 * m[i] + complement1 * dw[i]
-        v_i = beta2 * v[i] + complement2 * (dw[i] * dw[i])
-        direction = (m_i / correction1) / (np.sqrt(v_i / correction2) + epsilon)
-        if i < decayed:
-            direction = direction + weight_decay * w[i]
-        next_w[i] = w[i] - lr * direction
-        next_m[i] = m_i
-        next_v[i] = v_i
+    arrays = w, dw, m, v, next_w, next_m, next_v
+    scalars = (
+        *(fill(lr), fill(beta1), fill(complement1), fill(correction1)),
+        *(fill(beta2), fill(complement2), fill(correction2), fill(epsilon)),
+    )
+    border = min(max(first, decayed), last)
+    part = (border - first) % lanes(w)
+    for i in range(first, border - part, lanes(w)):
+        _adam_at(arrays, scalars, fill(weight_decay), i, None)
+    if part:
+        _adam_at(arrays, scalars, fill(weight_decay), border - part, part)
+    part = (last - border) % lanes(w)
+    for i in range(border, last - part, lanes(w)):
+        _adam_at(arrays, scalars, None, i, None)
+    if part:
+        _adam_at(arrays, scalars, None, last - part, part)
+
+
+@inlined
+def _adam_at(arrays: Any, scalars: Any, weight_decay: Any, i: int, part: int | None) -> None:
+    w, dw, m, v, next_w, next_m, next_v = arrays
+    lr, beta1, complement1, correction1, beta2, complement2, correction2, epsilon = scalars
+    g, old = read(dw, i, part), read(w, i, part)
+    m_i = beta1 * read(m, i, part) + complement1 * g
+    v_i = beta2 * read(v, i, part) + complement2 * (g * g)
+    direction = (m_i / correction1) / (sqrt_of(v_i / correction2) + epsilon)
+    if weight_decay is not None:
+        direction = direction + weight_decay * old
+    _put(next_w, i, part, old - lr * direction)
+    _put(next_m, i, part, m_i)
+    _put(next_v, i, part, v_i)

@@ -21,11 +21,11 @@ _I32, _FLOAT = ir.IntType(32), ir.FloatType()
 
 
 def stored(*arrays: Array) -> tuple[Any, ...]:
-    """Return the arrays as ``plain`` does, those of half precision as their bits."""
-    return tuple(
-        array.view(_BITS[array.dtype.name]) if array.dtype.itemsize == 2 else array
-        for array in plain(*arrays)
-    )
+    """Return arrays of one dtype as ``plain`` does; if that is half precision, as their bits."""
+    taken = plain(*arrays)
+    if taken[0].itemsize != 2:
+        return taken
+    return tuple(array.view(_BITS[array.dtype.name]) for array in taken)
 
 
 @intrinsic

@@ -20,15 +20,15 @@ _backward = Elementwise(
 )
 
 
-def forward(x: Array) -> Array:
-    """Return ``max(0, x)``."""
-    out = cupy.empty(x.shape, x.dtype)
+def forward(x: Array, out: Array | None = None) -> Array:
+    """Return ``max(0, x)``, to ``out`` if given."""
+    out = cupy.empty(x.shape, x.dtype) if out is None else out
     _forward(x.dtype, x, out)
     return out
 
 
-def backward(dout: Array, x: Array) -> Array:
-    """Return ``dout`` where ``x > 0``, else 0."""
-    dx = cupy.empty(x.shape, x.dtype)
+def backward(dout: Array, x: Array, out: Array | None = None) -> Array:
+    """Return ``dout`` where ``x > 0``, else 0, to ``out`` if given."""
+    dx = cupy.empty(x.shape, x.dtype) if out is None else out
     _backward(x.dtype, dout, x, dx)
     return dx

@@ -6,22 +6,22 @@ from gpubn.backend import Array
 from gpubn.kernels.compile_numba import compiled
 from gpubn.kernels.memory import empty
 from gpubn.kernels.real_numba import stored, widen
-from gpubn.kernels.threads import split
+from gpubn.kernels.threads_numba import split
 
 
-def forward(x: Array) -> Array:
-    """Return ``max(0, x)``."""
-    out = empty(x.shape, x.dtype)
-    flat = [array.reshape(-1) for array in stored(x, out)]
-    split(lambda a, b: _forward(*flat, a, b), x.size, x.size)
+def forward(x: Array, out: Array | None = None) -> Array:
+    """Return ``max(0, x)``, to ``out`` if given."""
+    out = empty(x.shape, x.dtype) if out is None else out
+    flat = tuple(array.reshape(-1) for array in stored(x, out))
+    split(_forward, flat, x.size, x.size)
     return out
 
 
-def backward(dout: Array, x: Array) -> Array:
-    """Return ``dout`` where ``x > 0``, else 0."""
-    dx = empty(x.shape, x.dtype)
-    flat = [array.reshape(-1) for array in stored(dout, x, dx)]
-    split(lambda a, b: _backward(*flat, a, b), x.size, x.size)
+def backward(dout: Array, x: Array, out: Array | None = None) -> Array:
+    """Return ``dout`` where ``x > 0``, else 0, to ``out`` if given."""
+    dx = empty(x.shape, x.dtype) if out is None else out
+    flat = tuple(array.reshape(-1) for array in stored(dout, x, dx))
+    split(_backward, flat, x.size, x.size)
     return dx
 
 

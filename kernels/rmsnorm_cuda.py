@@ -4,12 +4,11 @@ import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_cuda import contiguous, kernel, source
-from gpubn.kernels.layernorm_cuda import reduce_rows
-from gpubn.kernels.samples_cuda import THREADS
+from gpubn.kernels.compile_cuda import contiguous, source
+from gpubn.kernels.layernorm_cuda import forward_of, gradients_of
 from gpubn.kernels.statistics import accumulator
 
-_SOURCE = source("real", "samples", "rmsnorm")
+_SOURCE = source("real", "samples", "rows", "rmsnorm")
 
 
 def forward(x: Array, gamma: Array, eps: float, out: Array | None = None) -> tuple[Array, Array]:
@@ -20,10 +19,9 @@ def forward(x: Array, gamma: Array, eps: float, out: Array | None = None) -> tup
     out = cupy.empty(x.shape, x.dtype) if out is None else out
     invrms = cupy.empty(rows, real)
     square_scale = 0.5 ** (columns - 1).bit_length()
-    scalars = (np.int64(columns), real.type(eps), real.type(square_scale))
-    kernel(_SOURCE, "rmsnorm_forward", x.dtype)(
-        (rows,), (THREADS,), (x, gamma, out, invrms, *scalars)
-    )
+    scalars = (*map(np.int64, x.shape), real.type(eps), real.type(square_scale))
+    launch, grid, block = forward_of(_SOURCE, "rmsnorm_forward", x, gamma, out)
+    launch(grid, block, (x, gamma, out, invrms, *scalars))
     return out, invrms
 
 
@@ -34,10 +32,5 @@ def backward(
 
     That is the sum over rows of ``dout * xhat``.
     """
-    dout, x, gamma, invrms = contiguous(dout, x, gamma, invrms)
-    dx = cupy.empty(x.shape, x.dtype) if out is None else out
-    kernel(_SOURCE, "rmsnorm_backward_dx", x.dtype)(
-        (x.shape[0],), (THREADS,), (dout, x, gamma, invrms, dx, np.int64(x.shape[1]))
-    )
-    zeros = cupy.zeros_like(invrms)  # layer norm's shift and mean, of a row that has none
-    return dx, reduce_rows(dout, x, zeros, zeros, invrms)[0]
+    dx, sums = gradients_of(_SOURCE, "rmsnorm", dout, x, gamma, (invrms,), 1, out)
+    return dx, sums[0]

@@ -1,5 +1,5 @@
 // The sample order (README.md): every sum runs over a binary tree that is aligned to powers of two, with
-// leaves of eight. Here along the samples of each channel of an array, and along the values of a row.
+// leaves of eight. Here along the samples of each channel of an array; rows.cuh has those of rows.
 //
 // An array x is (instances, batch, channels, inner) in C order. A channel of an instance is one sum; its
 // samples are counted along batch, then inner. So channels last (inner 1) and channels first give the same
@@ -565,64 +565,6 @@ __global__ void merge_moments(const T* parts, T* out, long long channels, long l
             node.var = real<T>(parts[(part_count + part) * channels + channel]);
         }
         return node;
-    });
-}
-
-// --- Along the values of a row, one block of THREADS x 1 threads a row ----------------------------
-
-// The node of this thread's share of a row: 2^k consecutive leaves, as few as cover the row.
-template <class Node, class Leaf>
-__device__ inline Node share_of_row(long long columns, Leaf leaf) {
-    long long leaves = (columns + 7) / 8, share = 1;
-    while (share * THREADS < leaves) share *= 2;
-    // A binary counter: level l holds the node of 2^l leaves while bit l of the count is set.
-    Node level[32], node = {};
-    long long first = threadIdx.x * share;
-    for (long long i = 0; i < share; i++) {
-        node = leaf(first + i);
-        int l = 0;
-        for (long long count = i; count & 1; count >>= 1) node = merge(level[l++], node);
-        level[l] = node;
-    }
-    return node;
-}
-
-// The node of a whole row, given to every thread. `leaf(i)` gives that of leaf i, absent beyond the row.
-template <class Node, class Leaf>
-__device__ inline Node row_node(long long columns, Leaf leaf) {
-    __shared__ Node nodes[THREADS];
-    int j = threadIdx.x;
-    nodes[j] = share_of_row<Node>(columns, leaf);
-    __syncthreads();
-    for (int step = 1; step < THREADS; step *= 2) {
-        if (j % (2 * step) == 0) nodes[j] = merge(nodes[j], nodes[j + step]);
-        __syncthreads();
-    }
-    Node total = nodes[0];
-    __syncthreads();  // before the next reduction writes here
-    return total;
-}
-
-// Sum of value(j) over a row's j = 0 .. columns - 1, given to every thread.
-template <class T, class Value>
-__device__ inline real<T> row_sum(long long columns, Value value) {
-    Sums<T, 1> total = row_node<Sums<T, 1>>(columns, [=](long long leaf) {
-        real<T> v[8] = {};
-        long long count = rows_of(leaf, 8, columns);
-        for (int i = 0; i < count; i++) v[i] = value(leaf * 8 + i);
-        return sum_leaf(v, count);
-    });
-    return total.sum[0];
-}
-
-// Moments of value(j) over a row, given to every thread.
-template <class T, class Value>
-__device__ inline Moments<T> row_moments(long long columns, Value value) {
-    return row_node<Moments<T>>(columns, [=](long long leaf) {
-        real<T> d[8] = {};
-        long long count = rows_of(leaf, 8, columns);
-        for (int i = 0; i < count; i++) d[i] = value(leaf * 8 + i);
-        return moments_leaf(d, count);
     });
 }
 

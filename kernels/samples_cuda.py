@@ -159,30 +159,6 @@ def _sum(name: str, x: Array) -> Array:
     return out
 
 
-def reduce_channels(
-    text: str, name: str, x: Array, arrays: tuple[Array, ...], merge: str, width: int
-) -> Array:
-    """Run kernel ``name`` over the tiles of ``x (I, B, C, S)``, then merge them: ``(width, I*C)``.
-
-    ``arrays`` are its arguments before the parts, all contiguous.
-    """
-    instances, batch, per_instance, inner = x.shape
-    if per_instance == 1:  # then all of an instance's samples are neighbours
-        batch, inner = 1, batch * inner
-    columns = 1 if inner > 1 else WIDE
-    leaves = THREADS // columns * (LEAVES if columns == WIDE else 1)
-    rows, channels = batch * inner, instances * per_instance
-    tiles = -(-rows // (8 * leaves))
-    parts = cupy.empty((width, tiles, channels), accumulator(x))
-    counts = (channels, tiles, rows, batch, per_instance, inner)
-    kernel(text, name, x.dtype, columns)(
-        (tiles * -(-channels // columns),),
-        (columns, THREADS // columns),
-        (*arrays, parts, *map(np.int64, counts)),
-    )
-    return merge_parts(merge, parts, 8 * leaves, rows)
-
-
 def merge_parts(merge: str, parts: Array, part_rows: int, rows: int) -> Array:
     """Merge ``parts (K, P, C)``, of ``part_rows`` samples each but the last: ``(K, C)``."""
     width, count, channels = parts.shape

@@ -11,14 +11,16 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels import columns_numba, planes_numba
+from gpubn.kernels.columns_numba import BLOCK_COLUMNS, COLUMNS, INSTANCES, TILES
 from gpubn.kernels.real_numba import stored
 from gpubn.kernels.statistics import accumulator
-from gpubn.kernels.threads import pieces_of, split
+from gpubn.kernels.threads import pieces_of
+from gpubn.kernels.threads_numba import split
+from gpubn.kernels.vectors_numba import BYTES
 
 # What a thread takes at a time, where there is enough for all of them.
 TILE_SAMPLES = 1024  # samples of a channel, at least: 8 times a power of two
 TILE_ROWS = 64  # rows of channels
-COLUMNS = 1024  # channels of all rows, where rows are few and long
 
 
 def channel_sum(x: Array) -> Array:
@@ -42,34 +44,30 @@ def reduce_channels(
 ) -> Any:
     """Reduce the tiles of ``x (I, B, C, S)`` by one of two kernels, then merge: ``(width, I*C)``.
 
-    The first is for channels that are neighbours, the second for samples that are. Both
-    take the arguments, parts ``(width, P, I * C)`` to write to, the samples of a tile, and ranges:
-    of instances, tiles and columns, or of channels' tiles.
+    The first is for channels that are neighbours, the second for samples that are. Both take the
+    arguments, parts ``(width, P, I * C)`` to write to, the samples of a tile, and a range of units:
+    the second of channels' tiles, the first of what it is told.
     """
     instances, batch, channels, inner = x.shape
     rows, all_channels = batch * inner, instances * channels
     by_column, by_plane = kernels
     pieces = pieces_of(x.size)
-    kernel: Callable[..., None]
-    ranges: Callable[[int, int], tuple[int, ...]]
     tile_rows, tiles = _whole(rows), 1
     if inner > 1 or channels == 1:
-        kernel = by_plane
         if all_channels < pieces:
             tile_rows, tiles = _tiles(rows, pieces, TILE_SAMPLES)
-        units, ranges = all_channels * tiles, lambda a, b: (a, b)
+        parts = np.empty((width, tiles, all_channels), accumulator(x))
+        split(by_plane, (*arguments, parts, tile_rows), all_channels * tiles, x.size)
     else:
-        kernel = by_column
         if instances > 1:
-            units, ranges = instances, lambda a, b: (a, b, 0, 1, 0, channels)
-        elif rows >= pieces * TILE_ROWS or channels < pieces * COLUMNS:
+            units, count = INSTANCES, instances
+        elif rows >= pieces * TILE_ROWS or channels < pieces * BLOCK_COLUMNS:
             tile_rows, tiles = _tiles(rows, pieces, 8)
-            units, ranges = tiles, lambda a, b: (0, 1, a, b, 0, channels)
+            units, count = TILES, tiles
         else:
-            blocks = -(-channels // COLUMNS)
-            units, ranges = blocks, lambda a, b: (0, 1, 0, 1, *_columns(a, b, channels))
-    parts = np.empty((width, tiles, all_channels), accumulator(x))
-    split(lambda a, b: kernel(*arguments, parts, tile_rows, *ranges(a, b)), units, x.size)
+            units, count = COLUMNS, -(-channels // BLOCK_COLUMNS)
+        parts = np.empty((width, tiles, all_channels), accumulator(x))
+        split(by_column, (*arguments, parts, tile_rows, units), count, x.size)
     return merge_parts(merge, parts, tile_rows, rows)
 
 
@@ -79,14 +77,19 @@ def reduce_rows(kernel: Callable[..., None], x: Array, arguments: tuple[Any, ...
     It takes the arguments, parts ``(2, P, D)`` to write to, a tile's rows, and a range of tiles.
     """
     rows, columns = x.shape
-    tile_rows, tiles = _tiles(rows, pieces_of(x.size), 8)
+    tile_rows, tiles = _tiles(rows, pieces_of(x.size), _lanes(x))
     parts = np.empty((2, tiles, columns), accumulator(x))
-    split(lambda a, b: kernel(*arguments, parts, tile_rows, a, b), tiles, x.size)
+    split(kernel, (*arguments, parts, tile_rows), tiles, x.size)
     return merge_parts(columns_numba.merge_sums, parts, tile_rows, rows)
 
 
-def _columns(first: int, last: int, channels: int) -> tuple[int, int]:
-    return first * COLUMNS, min(last * COLUMNS, channels)
+def groups_of_rows(x: Array) -> int:
+    """Return how many groups of rows, each a lane of a vector, ``x (N, D)`` has."""
+    return -(-len(x) // _lanes(x))
+
+
+def _lanes(x: Array) -> int:
+    return BYTES // int(accumulator(x).itemsize)
 
 
 def _tiles(rows: int, pieces: int, least: int) -> tuple[int, int]:

@@ -91,6 +91,20 @@ def relu_of(context: Any, value: Any) -> Any:
     )
 
 
+@intrinsic
+def sqrt_of(context: Any, value: Any) -> Any:
+    """Return the square roots, rounded correctly."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = args[0].type
+        name = f"llvm.sqrt.v{kind.count}f{BYTES * 8 // kind.count}"
+        found: Callable[..., Any] | None = builder.module.globals.get(name)
+        root = found or ir.Function(builder.module, ir.FunctionType(kind, [kind]), name)
+        return builder.call(root, args)
+
+    return value(value), generate
+
+
 def _zeros(kind: Any) -> Any:
     return ir.Constant(kind, [0.0] * kind.count)
 
@@ -164,14 +178,15 @@ def load_leaves(context: Any, array: Any, first: Any) -> Any:
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """Let value ``v`` of leaf ``l``, at place ``8 l + v``, be lane ``l`` of vector ``v``.
+    """Let value ``v`` of row ``r``, at place ``n r + v`` of all, be lane ``r`` of vector ``v``.
 
-    Three rounds of exchanges between pairs of vectors, one for each bit of ``v``.
+    There are as many vectors as a row has values, ``n``, a power of two. A round of exchanges
+    between pairs of vectors for each bit of ``v``.
     """
-    count = rows[0].type.count
-    places = [list(range(k * count, (k + 1) * count)) for k in range(8)]
-    for bit in (1, 2, 4):
-        for low in range(8):
+    count, vectors = rows[0].type.count, len(rows)
+    places = [list(range(k * count, (k + 1) * count)) for k in range(vectors)]
+    for bit in (1 << b for b in range(vectors.bit_length() - 1)):
+        for low in range(vectors):
             if low & bit:
                 continue
             high = low | bit
@@ -180,6 +195,37 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
                 places[k] = sorted(place for place in there if place & bit == k & bit)
                 rows[k] = _shuffled(builder, *pair, map(there.index, places[k]))
     return rows
+
+
+@intrinsic
+def transpose(
+    context: Any, x: Any, first: Any, step: Any, rows: Any, part: Any, out: Any, at: Any
+) -> Any:
+    """Write W values of each of W rows of ``x`` to ``out``: W vectors from ``at`` on, a row a lane.
+
+    Rows begin ``step`` elements after each other, the first one at ``first``. Where there are
+    fewer than W ``rows`` the last one is repeated; where ``part`` is given, there are so many
+    values of each, and then zeros.
+    """
+    kind = _of(x.dtype)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x, first, step, rows, part, out, at = args
+        vectors, place = [], first
+        for k in range(kind.count):
+            if sig.args[4] == types.none:
+                vectors.append(_loaded(context, builder, sig.args[0], x, place))
+            else:
+                vectors.append(_loaded_part(context, builder, sig.args[0], x, place, part))
+            more = builder.icmp_signed("<", ir.Constant(_INDEX, k + 1), rows)
+            place = builder.add(place, builder.select(more, step, ir.Constant(_INDEX, 0)))
+        for k, vector in enumerate(_transposed(builder, vectors)):
+            where = builder.add(at, ir.Constant(_INDEX, k * kind.count))
+            where = _address(context, builder, sig.args[5], out, where)
+            builder.store(vector, where, align=sig.args[5].dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.intp, types.intp, part, out, types.intp), generate
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -198,14 +244,7 @@ def load_part(context: Any, array: Any, first: Any, count: Any) -> Any:
     """Return ``count`` values of ``array (n,)`` from ``first`` on, at most a vector; then zeros."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        where = _address(context, builder, sig.args[0], args[0], args[1])
-        kind = where.type.pointee
-        mask = _mask(builder, args[2], kind.count)
-        load = _masked(builder, "load", kind, [where.type, _LANE, mask.type, kind], kind)
-        zeros = ir.Constant(kind, [0 if isinstance(kind.element, ir.IntType) else 0.0] * kind.count)
-        align = ir.Constant(_LANE, sig.args[0].dtype.bitwidth // 8)
-        value = builder.call(load, [where, align, mask, zeros])
-        return widened(builder, sig.args[0].dtype, value)
+        return _loaded_part(context, builder, sig.args[0], *args)
 
     return _of(array.dtype)(array, types.intp, types.intp), generate
 
@@ -266,6 +305,18 @@ def _touch(context: Any, array: Any, element: Any) -> Any:
 def _loaded(context: Any, builder: Any, kind: Any, array: Any, first: Any) -> Any:
     where = _address(context, builder, kind, array, first)
     return widened(builder, kind.dtype, builder.load(where, align=kind.dtype.bitwidth // 8))
+
+
+def _loaded_part(
+    context: Any, builder: Any, array_kind: Any, array: Any, first: Any, count: Any
+) -> Any:
+    where = _address(context, builder, array_kind, array, first)
+    kind = where.type.pointee
+    mask = _mask(builder, count, kind.count)
+    load = _masked(builder, "load", kind, [where.type, _LANE, mask.type, kind], kind)
+    zeros = ir.Constant(kind, [0 if isinstance(kind.element, ir.IntType) else 0.0] * kind.count)
+    align = ir.Constant(_LANE, array_kind.dtype.bitwidth // 8)
+    return widened(builder, array_kind.dtype, builder.call(load, [where, align, mask, zeros]))
 
 
 def _address(context: Any, builder: Any, kind: Any, array: Any, first: Any) -> Any:

@@ -170,4 +170,6 @@ def test_sizes_are_the_same_in_cuda_and_python() -> None:
     with host_cuda():
         samples = importlib.import_module("gpubn.kernels.samples_cuda")
         sizes = {name: getattr(samples, name) for name in ("THREADS", "WIDE", "LEAVES")}
+        rows = importlib.import_module("gpubn.kernels.layernorm_cuda")
+        sizes |= {name: getattr(rows, name) for name in ("MAX_TEAM", "MERGED")}
     assert sizes == {name: int(constants[name]) for name in sizes}

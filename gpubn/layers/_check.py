@@ -21,6 +21,8 @@ HALVES = ("float16", "bfloat16")
 
 def array(name: str, value: Any) -> None:
     """Require a NumPy or CuPy array, and no masked one, whose mask would go unheeded."""
+    if type(value) is np.ndarray:  # as most are
+        return
     if not is_array(value):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a NumPy or CuPy array")
     if isinstance(value, np.ma.MaskedArray):
@@ -149,6 +151,8 @@ def mapping(name: str, value: Any, *, mutable: bool = False) -> None:
 
 def number(name: str, value: Any) -> float:
     """Require a finite real number, not a bool."""
+    if type(value) is float and math.isfinite(value):  # as most are
+        return value
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
     try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from gpubn.backend import Array, namespace, scope_of
 from gpubn.interop import foreign
 from gpubn.kernels import for_array
-from gpubn.layers import _check
+from gpubn.layers import _check, _view
 
 
 class _Cache(NamedTuple):
@@ -25,7 +25,9 @@ class _Cache(NamedTuple):
 
 
 @foreign
-def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, Any]:
+def dropout_forward(
+    x: Array, dropout_param: Mapping[str, Any], *, out: Array | None = None
+) -> tuple[Array, Any]:
     """Drop values at random in training, and scale what is kept by ``1 / p``.
 
     Parameters
@@ -36,6 +38,8 @@ def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, 
         'test'; in test mode ``out = x``. ``seed`` (0 to 2**64 - 1), ``stream`` and ``step`` (0 to
         2**32 - 1, both 0 where absent) name the mask: the same three give the same mask on every
         device. Without a seed every call draws a mask of its own.
+    out : array in C order, x's shape and dtype, optional
+        Where to write the output. It shares no memory with x.
 
     Returns
     -------
@@ -71,20 +75,30 @@ def dropout_forward(x: Array, dropout_param: Mapping[str, Any]) -> tuple[Array, 
     with scope_of(x):
         empty = namespace(x).empty(0, x.dtype)
     cache = _Cache(x.shape, empty, p, seed, stream, step, mode == "train")
-    return _masked(x, cache), cache
+    return _masked("x", x, cache, out), cache
 
 
 @foreign
-def dropout_backward(dout: Array, cache: Any) -> Array:
-    """Return dx: ``dout / p`` where the forward pass kept a value, else 0."""
+def dropout_backward(dout: Array, cache: Any, *, out: Array | None = None) -> Array:
+    """Return dx: ``dout / p`` where the forward pass kept a value, else 0.
+
+    Written to ``out`` if given, as in ``dropout_forward``.
+    """
     _check.cache_of("dropout", cache, _Cache)
     _check.like("dout", dout, cache.shape, cache.empty)
-    return _masked(dout, cache)
+    return _masked("dout", dout, cache, out)
 
 
-def _masked(array: Array, cache: _Cache) -> Array:
+def _masked(name: str, array: Array, cache: _Cache, out: Array | None) -> Array:
     with scope_of(array):
-        if not cache.training:
+        if out is not None:
+            order = tuple(range(array.ndim))
+            _view.writable(out, cache.empty, array.shape, order, {name: array})
+        if cache.training:
+            kernels = for_array("dropout", array)
+            result = kernels.apply(array, cache.p, cache.seed, cache.stream, cache.step, out)
+            return result if out is None else out
+        if out is None:
             return array.copy()
-        kernels = for_array("dropout", array)
-        return kernels.apply(array, cache.p, cache.seed, cache.stream, cache.step)
+        out[...] = array
+        return out

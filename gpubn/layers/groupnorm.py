@@ -29,7 +29,14 @@ class _Cache(NamedTuple):
 
 @foreign
 def groupnorm_forward(
-    x: Array, gamma: Array, beta: Array, G: int, gn_param: Mapping[str, Any], axis: int = 1
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    G: int,
+    gn_param: Mapping[str, Any],
+    axis: int = 1,
+    *,
+    out: Array | None = None,
 ) -> tuple[Array, Any]:
     """Normalize groups of neighbouring channels within every sample, then scale and shift channels.
 
@@ -47,6 +54,8 @@ def groupnorm_forward(
         ``eps`` (1e-5, inside the root); other keys are ignored.
     axis : int
         Which axis the channels are; -1 where they are last.
+    out : array, x's shape, dtype and memory layout, optional
+        Where to write the output. It shares no memory with any other argument.
 
     Returns
     -------
@@ -66,12 +75,14 @@ def groupnorm_forward(
     does a group of a single value.
     """
     axis = _axis(x, axis)
-    parameters = (x.shape[axis],)
-    return _forward(x, gamma, beta, _size(x, axis, G), "gn_param", gn_param, axis, parameters)
+    parameters, size = (x.shape[axis],), _size(x, axis, G)
+    return _forward(x, gamma, beta, size, "gn_param", gn_param, axis, parameters, out)
 
 
 @foreign
-def groupnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
+def groupnorm_backward(
+    dout: Array, cache: Any, *, out: Array | None = None
+) -> tuple[Array, Array, Array]:
     """Return the gradients of ``groupnorm_forward``, or of its relatives.
 
     Parameters
@@ -80,6 +91,8 @@ def groupnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
         Gradient of the loss with respect to out.
     cache
         What the forward pass returned beside out.
+    out : array, x's shape, dtype and memory layout, optional
+        Where to write dx. It shares no memory with x and dout.
 
     Returns
     -------
@@ -98,18 +111,28 @@ def groupnorm_backward(dout: Array, cache: Any) -> tuple[Array, Array, Array]:
     norm, group = for_array("batchnorm", x), for_array("groupnorm", x)
     channel_sum = for_array("samples", x).channel_sum
     with scope_of(x):
+        target = None
+        if out is not None:
+            target = view.target(out, x, dout=dout, gamma=gamma, **statistics._asdict())
         dout = view.take(dout)
         sums = norm.backward_sums(dout, x, statistics)
         gradients = group.gradients(gamma, statistics.invstd, *sums, size, view.samples)
-        dx = norm.backward_dx(dout, x, statistics, gradients)
+        dx = norm.backward_dx(dout, x, statistics, gradients, out=target)
         instances, _, channels, _ = view.shape
         dgamma, dbeta = (channel_sum(part.reshape(1, instances, channels, 1)) for part in sums)
-    return view.give(dx), dgamma.reshape(parameters), dbeta.reshape(parameters)
+        dx = view.give(dx) if out is None else out
+    return dx, dgamma.reshape(parameters), dbeta.reshape(parameters)
 
 
 @foreign
 def instancenorm_forward(
-    x: Array, gamma: Array, beta: Array, in_param: Mapping[str, Any], axis: int = 1
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    in_param: Mapping[str, Any],
+    axis: int = 1,
+    *,
+    out: Array | None = None,
 ) -> tuple[Array, Any]:
     """Normalize every channel of every sample over its positions, then scale and shift it.
 
@@ -122,6 +145,8 @@ def instancenorm_forward(
         ``eps`` (1e-5, inside the root); other keys are ignored.
     axis : int
         Which axis the channels are; -1 where they are last.
+    out : array, x's shape, dtype and memory layout, optional
+        Where to write the output. It shares no memory with any other argument.
 
     Returns
     -------
@@ -139,7 +164,7 @@ def instancenorm_forward(
         raise ValueError(
             f"x has shape {x.shape}, expected at least 2 positions of each sample and channel"
         )
-    return _forward(x, gamma, beta, 1, "in_param", in_param, axis, (x.shape[axis],))
+    return _forward(x, gamma, beta, 1, "in_param", in_param, axis, (x.shape[axis],), out)
 
 
 instancenorm_backward = groupnorm_backward
@@ -148,12 +173,18 @@ instancenorm_backward = groupnorm_backward
 
 @foreign
 def spatial_groupnorm_forward(
-    x: Array, gamma: Array, beta: Array, G: int, gn_param: Mapping[str, Any]
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    G: int,
+    gn_param: Mapping[str, Any],
+    *,
+    out: Array | None = None,
 ) -> tuple[Array, Any]:
     """Return ``groupnorm_forward`` of ``x (N, C, H, W)``, gamma and beta ``(1, C, 1, 1)``."""
     _check.floating("x", x, ndim=4, half=True)
     parameters = (1, x.shape[1], 1, 1)
-    return _forward(x, gamma, beta, _size(x, 1, G), "gn_param", gn_param, 1, parameters)
+    return _forward(x, gamma, beta, _size(x, 1, G), "gn_param", gn_param, 1, parameters, out)
 
 
 spatial_groupnorm_backward = groupnorm_backward
@@ -185,6 +216,7 @@ def _forward(
     param: Mapping[str, Any],
     axis: int,
     parameters: tuple[int, ...],
+    out: Array | None,
 ) -> tuple[Array, _Cache]:
     """Normalize groups of ``size`` channels; gamma and beta have the shape ``parameters``."""
     _check.parameter("gamma", gamma, parameters, x)
@@ -194,11 +226,13 @@ def _forward(
     view = _view.of_samples(x, axis)
     norm, group, xp = for_array("batchnorm", x), for_array("groupnorm", x), namespace(x)
     with scope_of(x):
+        target = None if out is None else view.target(out, x, gamma=gamma, beta=beta)
         taken, instances = view.take(x), view.shape[0]
         gamma, beta = (xp.tile(array.reshape(-1), instances) for array in (gamma, beta))
         shift = group.shift(taken, size)
         mean, var = group.merge_channels(*norm.moments(taken, shift), size, view.samples)
         invstd, scale = norm.statistics(var, gamma, eps)
         statistics = Statistics(shift, mean, invstd, scale, beta)
-        out = norm.normalize(taken, statistics)
-    return view.give(out), _Cache(taken, statistics, gamma, size, view, x.shape, parameters)
+        result = norm.normalize(taken, statistics, out=target)
+        out = view.give(result) if out is None else out
+    return out, _Cache(taken, statistics, gamma, size, view, x.shape, parameters)

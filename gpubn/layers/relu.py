@@ -18,25 +18,34 @@ class _Cache(NamedTuple):
 
 
 @foreign
-def relu_forward(x: Array) -> tuple[Array, Any]:
+def relu_forward(x: Array, *, out: Array | None = None) -> tuple[Array, Any]:
     """Return ``max(0, x)``, for a floating-point array of any shape and precision, and a cache.
 
-    A NaN stays a NaN. The output lies in memory as x does. Raises TypeError or ValueError where x
-    is no such array.
+    A NaN stays a NaN. The output lies in memory as x does; it is written to ``out`` if given, of
+    x's shape, dtype and memory layout, of no memory of x's. Raises TypeError or ValueError
+    where x or ``out`` is no such array.
     """
     _check.floating("x", x, half=True)
     order, inverse = _view.of_elements(x)
     with scope_of(x):
+        target = None if out is None else _view.writable(out, x, x.shape, order, {})
         taken = x.transpose(order)
-        out = for_array("relu", x).forward(taken)
-    return out.transpose(inverse), _Cache(taken, order, inverse, x.shape)
+        result = for_array("relu", x).forward(taken, target).transpose(inverse)
+    return result if out is None else out, _Cache(taken, order, inverse, x.shape)
 
 
 @foreign
-def relu_backward(dout: Array, cache: Any) -> Array:
-    """Return dx: ``dout`` where x was above 0, else 0; ``dout`` has x's shape and dtype."""
+def relu_backward(dout: Array, cache: Any, *, out: Array | None = None) -> Array:
+    """Return dx: ``dout`` where x was above 0, else 0; ``dout`` has x's shape and dtype.
+
+    Written to ``out`` if given, as in ``relu_forward``.
+    """
     _check.cache_of("relu", cache, _Cache)
     x, order, inverse, shape = cache
     _check.like("dout", dout, shape, x)
     with scope_of(x):
-        return for_array("relu", x).backward(dout.transpose(order), x).transpose(inverse)
+        target = None
+        if out is not None:
+            target = _view.writable(out, x.transpose(inverse), shape, order, {"dout": dout})
+        dx = for_array("relu", x).backward(dout.transpose(order), x, target).transpose(inverse)
+    return dx if out is None else out

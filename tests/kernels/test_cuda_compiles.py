@@ -95,11 +95,14 @@ def use_norms(modules: dict[str, Any], cupy: Any, dtype: Any) -> None:
     group.shift(x, 5)
     group.merge_channels(channels.mean, channels.invstd, 5, 300)
     group.gradients(gamma, channels.invstd, gamma, gamma, 5, 300)
-    rows = x.reshape(300, 5)
-    _, *stats = modules["layernorm"].forward(rows, gamma, gamma, 1e-5)
-    modules["layernorm"].backward(rows, rows, gamma, *stats)
-    _, invrms = modules["rmsnorm"].forward(rows, gamma, 1e-5)
-    modules["rmsnorm"].backward(rows, rows, gamma, invrms)
+    # A value at a time and 16 bytes at a time; a warp, several, and more values than they hold.
+    for rows in ((300, 5), (9, 256), (2, 4104)) if dtype is np.float32 else ((300, 5), (2, 4104)):
+        x = cupy.asarray(rng.standard_normal(rows).astype(dtype))
+        gamma = cupy.asarray(rng.standard_normal(rows[1]).astype(real))
+        _, *stats = modules["layernorm"].forward(x, gamma, gamma, 1e-5)
+        modules["layernorm"].backward(x, x, gamma, *stats)
+        _, invrms = modules["rmsnorm"].forward(x, gamma, 1e-5)
+        modules["rmsnorm"].backward(x, x, gamma, invrms)
     modules["relu"].forward(x)
     modules["relu"].backward(x, x)
     modules["dropout"].apply(x, 0.5, 1, 2, 3)
@@ -162,3 +165,27 @@ def test_compiles_to_ieee_arithmetic(arch: str) -> None:
                 assert re.search(r"ld\.global\.v[24]\.", ptx), source.instances
             bad = re.findall(BAD if name in MAY_FUSE else f"{BAD}|{FUSED}", ptx)
             assert not bad, f"{source.name} {source.instances} for {arch}: {sorted(set(bad))}"
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
+def test_rows_are_read_and_written_16_bytes_at_a_time() -> None:
+    """Where V values are, as the second template argument has it: ``forward<float, 4, ...>``."""
+    sizes = {"float": 4, "double": 8, "gpubn::f16": 2, "gpubn::bf16": 2}
+    seen = set()
+    for source in used_sources():
+        name = source.instances[0] if source.kind == "raw" else ""
+        match = re.match(r"gpubn::((?:layer|rms)norm_\w+)<([\w:]+), (\d+), ", str(name))
+        if match is None or sizes[match[2]] * int(match[3]) != 16:
+            continue
+        seen.add(match[1])
+        [(ptx, _)] = nvrtc.compile_source(source, "9.0")
+        loads, stores = (re.findall(rf"{op}\.global\S*\.(v\d\.\w\d+)", ptx) for op in ("ld", "st"))
+        assert loads, name
+        assert stores, name
+        for access in (*loads, *stores):
+            count, bits = re.findall(r"\d+", access)
+            assert int(count) * int(bits) == 128, f"{name}: {access}"
+        # Else only a row's statistics, or the three values that the shift is chosen from.
+        assert len(re.findall(r"\bld\.global(?!\S*\.v\d)", ptx)) <= 6, name
+    kinds = ("forward", "gradients", "backward_dx")
+    assert seen == {f"{op}norm_{kind}" for op in ("layer", "rms") for kind in kinds}

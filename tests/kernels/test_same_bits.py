@@ -38,7 +38,7 @@ VIEWS = (
     *((1, 1, 1, 9), (1, 3, 2, 5), (1, 4, 3, 49), (1, 7, 1, 3), (1, 2, 3, 1025), (1, 1, 2, 9001)),
     *((1, 1, 5, 2049), (3, 1, 2, 7), (2, 3, 2, 683), (3, 5, 4, 1), (2, 257, 33, 1), (5, 1, 300, 1)),
 )
-# Layer norm takes a block for each row, which the host runs one after another: fewer rows.
+# The host runs the threads of a row one after another: fewer rows.
 ROW_SHAPES = tuple(shape for shape in SHAPES if shape[0] <= 257)
 VALUES = (
     "ordinary",
@@ -229,6 +229,100 @@ def test_rmsnorm(kind: str, dtype: Any, rng: np.random.Generator, thread_order: 
     for shape in ROW_SHAPES:
         x, dout = values(kind, shape, dtype, rng), values("ordinary", shape, dtype, rng)
         both("rmsnorm", rmsnorm, x, dout, channels(shape[1], dtype, rng)[0])
+
+
+# Around the edges of a leaf, of what 8 lanes, a warp and 16 warps hold of a row, and of what they
+# hold in backward; where a chunk is 16 bytes, less, and a single value.
+ROW_LENGTHS = (
+    *(1, 7, 8, 9, 31, 64, 65, 100, 256, 257, 512, 516, 768, 1000, 1023, 1024, 1025),
+    *(4096, 4097, 5000, 8192, 8200, 20_000),
+)
+STORED = (*DTYPES, *HALVES)
+
+
+@pytest.fixture(params=[256, 1, 1 << 30], ids=lambda blocks: f"{blocks} blocks")
+def enough_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """For how many blocks a gradient's rows are shared out: so rows of a block, and parts."""
+    cuda = importlib.import_module("gpubn.kernels.layernorm_cuda")
+    monkeypatch.setattr(cuda, "_ENOUGH_BLOCKS", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("thread_order", ["ascending", "reversed"], indirect=True)
+def test_rows_of_every_length(stored: Any, rng: np.random.Generator, thread_order: None) -> None:
+    for columns in ROW_LENGTHS:
+        for rows in (3, 19):
+            x, dout = (values("ordinary", (rows, columns), stored, rng) for _ in range(2))
+            gamma, beta = channels(columns, parameter_of(stored), rng)
+            both("layernorm", layernorm, x, dout, gamma, beta)
+            both("rmsnorm", rmsnorm, x, dout, gamma)
+
+
+@pytest.mark.parametrize("thread_order", ["ascending", "reversed"], indirect=True)
+def test_many_rows(enough_blocks: int, rng: np.random.Generator, thread_order: None) -> None:
+    for shape in ((8193, 3), (33_000, 2), (1000, 64), (700, 100), (130, 768), (130, 4100)):
+        x, dout = (values("ordinary", shape, np.float32, rng) for _ in range(2))
+        gamma, beta = channels(shape[1], np.float32, rng)
+        both("layernorm", layernorm, x, dout, gamma, beta)
+        both("rmsnorm", rmsnorm, x, dout, gamma)
+
+
+def parameter_of(stored: Any) -> Any:
+    return stored if stored in DTYPES else np.float32
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("skipped", [1, 2, 4])
+def test_rows_that_begin_anywhere(stored: Any, skipped: int, rng: np.random.Generator) -> None:
+    """Arrays that are views may lie at addresses that are no multiple of 16 bytes."""
+
+    def moved(array: Any, by: int = skipped) -> Any:
+        if isinstance(array, np.ndarray):
+            return array
+        whole = namespace(array).empty(array.size + by, array.dtype)
+        whole[by:] = array.ravel()
+        return whole[by:].reshape(array.shape)
+
+    def run(kernels: Any, x: Any, dout: Any, gamma: Any, beta: Any) -> tuple[Any, ...]:
+        empty_like = namespace(x).empty_like
+        results = [*layernorm(kernels, moved(x), dout, gamma, beta)]
+        results += layernorm(kernels, x, moved(dout), moved(gamma), beta)
+        results += layernorm(kernels, x, dout, gamma, moved(beta, 1))
+        out, *stats = kernels.forward(x, gamma, beta, 1e-5, moved(empty_like(x)))
+        dx = moved(empty_like(x))
+        return (*results, out, *kernels.backward(dout, x, gamma, *stats, dx))
+
+    for shape in ((5, 64), (3, 768), (2, 4104)):
+        x, dout = (values("ordinary", shape, stored, rng) for _ in range(2))
+        both("layernorm", run, x, dout, *channels(shape[1], parameter_of(stored), rng))
+
+
+def test_rows_of_minus_zero(dtype: Any, rng: np.random.Generator) -> None:
+    """Leaves that a row or a block has not add nothing, not even +0; values of a leaf add +0."""
+    for rows in (1, 8, 9, 16, 24, 40):
+        for columns in (1, 8, 9, 24, 100, 264, 768):
+            x = values("ordinary", (rows, columns), dtype, rng)
+            dout, gamma = np.full_like(x, -0.0), np.ones(columns, dtype)
+            both("layernorm", layernorm, x, dout, gamma, gamma)
+            both("layernorm", layernorm, np.zeros_like(x), dout, gamma, -gamma * 0)
+            both("rmsnorm", rmsnorm, abs(x), dout, gamma)
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "skipped", "chunk"),
+    [
+        *((768, np.float32, 0, 4), (768, np.float32, 1, 1), (768, np.float32, 2, 2)),
+        *((766, np.float32, 0, 2), (765, np.float32, 0, 1), (766, np.float64, 0, 2)),
+        *((768, np.float16, 0, 8), (772, np.float16, 0, 4), (768, np.float16, 4, 4)),
+    ],
+)
+def test_what_is_read_at_once(columns: int, dtype: Any, skipped: int, chunk: int) -> None:
+    import cupy
+
+    cuda = importlib.import_module("gpubn.kernels.layernorm_cuda")
+    x = cupy.empty(2 * columns + skipped, dtype)[skipped:].reshape(2, columns)
+    assert cuda._chunk(columns, x, cupy.empty(columns, parameter_of(dtype))) == chunk
 
 
 def relu(kernels: Any, x: Any, dout: Any) -> tuple[Any, ...]:

@@ -142,44 +142,6 @@ CUDA_FAULTS = (
         "channel-sum",
     ),
     Fault(
-        "threads of a row merged from both ends",
-        "samples.cuh",
-        {
-            "for (int step = 1; step < THREADS; step *= 2) {": (
-                "for (int step = THREADS / 2; step > 0; step /= 2) {"
-            ),
-            "if (j % (2 * step) == 0) nodes[j]": "if (j < step) nodes[j]",
-        },
-        "rmsnorm",
-    ),
-    Fault(
-        "a row's last leaf lost",
-        "samples.cuh",
-        {"long long leaves = (columns + 7) / 8, share": "long long leaves = columns / 8, share"},
-        "rmsnorm",
-    ),
-    Fault(
-        "no barrier before a row's threads are merged",
-        "samples.cuh",
-        {
-            "nodes[j] = share_of_row<Node>(columns, leaf);\n    __syncthreads();": (
-                "nodes[j] = share_of_row<Node>(columns, leaf);"
-            )
-        },
-        "rmsnorm",
-    ),
-    Fault(
-        "the variance as the mean of squares less the square of the mean",
-        "samples.cuh",
-        {
-            "R e = d[i] - node.mean;": "R e = d[i];",
-            "node.var = rows == 8 ? sum : sum / (n * eighth);": (
-                "node.var = (rows == 8 ? sum : sum / (n * eighth)) - node.mean * node.mean;"
-            ),
-        },
-        "layernorm",
-    ),
-    Fault(
         "eight squares divided after they were summed",
         "samples.cuh",
         {
@@ -200,6 +162,66 @@ CUDA_FAULTS = (
             ),
         },
         "sum-of-squares",
+    ),
+    # --- Sums along rows and of rows, rows.cuh
+    Fault(
+        "lanes of a row merged from both ends",
+        "rows.cuh",
+        {
+            "for (int step = 1; step < LANES; step *= 2)": (
+                "for (int step = LANES / 2; step > 0; step /= 2)"
+            )
+        },
+        "rmsnorm",
+    ),
+    Fault(
+        "a row's last chunk lost",
+        "rows.cuh",
+        {"if (L::place(t) < count) chunk[t]": "if (L::place(t) + L::V < count) chunk[t]"},
+        "rmsnorm",
+    ),
+    Fault(
+        "no barrier before a row's warps are merged",
+        "rows.cuh",
+        {
+            "nodes[k][team + L::warp()] = total.sum[k].v;\n        __syncthreads();": (
+                "nodes[k][team + L::warp()] = total.sum[k].v;"
+            )
+        },
+        "rmsnorm",
+    ),
+    Fault(
+        "a warp's stretch that ends with the row merged as if it were whole",
+        "rows.cuh",
+        {"if (L::stretch(t) + STRETCH <= count) {": "if (L::stretch(t) < count) {"},
+        "layernorm",
+    ),
+    Fault(
+        "the variance as the mean of squares less the square of the mean",
+        "rows.cuh",
+        {
+            "R e = d[i] - mean;": "R e = d[i];",
+            "Moments<T> leaf = {mean, rows(0, 8) == 8 ? sum : sum / (n * eighth), rows(0, 8)};": (
+                "sum = (rows(0, 8) == 8 ? sum : sum / (n * eighth)) - mean * mean;"
+                "Moments<T> leaf = {mean, sum, rows(0, 8)};"
+            ),
+        },
+        "layernorm",
+    ),
+    Fault(
+        "a leaf's rows summed one after another",
+        "rows.cuh",
+        {
+            "if (i % 2 == 0) {": "if (i == 0) {",
+            "sum = one[k][j] + sum;": "one[k][j] = four[k][j] = one[k][j] + sum; continue;",
+        },
+        "rmsnorm",
+    ),
+    Fault(
+        "a division as a multiplication by the reciprocal",
+        "rows.cuh",
+        {"of.sum[k] / real<T>(columns)": "of.sum[k] * (real<T>((T)1) / real<T>(columns))"},
+        "layernorm",
     ),
     # --- Half precision, real.cuh
     Fault(
@@ -369,16 +391,6 @@ CUDA_FAULTS = (
         "instancenorm",
     ),
     Fault(
-        "a division as a multiplication by the reciprocal",
-        "layernorm.cuh",
-        {
-            "R mean_g = row_sum<T>(columns, g) / d;": (
-                "R mean_g = row_sum<T>(columns, g) * (R((T)1) / d);"
-            )
-        },
-        "layernorm",
-    ),
-    Fault(
         "no epsilon",
         "rmsnorm.cuh",
         {"sqrt(sum / (d * scale) + R(eps))": "sqrt(sum / (d * scale))"},
@@ -388,7 +400,7 @@ CUDA_FAULTS = (
         "squares summed as they are",
         "rmsnorm.cuh",
         {
-            "(load<S>(x[j]) * scale) * load<S>(x[j])": "load<S>(x[j]) * load<S>(x[j])",
+            "(value[j] * scale) * value[j]": "value[j] * value[j]",
             "sqrt(sum / (d * scale) + R(eps))": "sqrt(sum / d + R(eps))",
         },
         "rmsnorm",

@@ -1,30 +1,29 @@
 """Batch norm of ``x (I, B, C, S)`` over its samples, on CUDA. The formulas are in batchnorm.cuh."""
 
+from typing import Any
+
 import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_cuda import Elementwise, contiguous, source
-from gpubn.kernels.samples_cuda import merge_parts, reduce_channels
+from gpubn.kernels.compile_cuda import Elementwise, contiguous, kernel, source
+from gpubn.kernels.samples_cuda import THREADS, alignment_of, merge_parts, plan_of
 from gpubn.kernels.statistics import Gradients, Statistics, accumulator
 
 _SOURCE = source("real", "samples", "batchnorm")
 
+# Where an array has no vectors: it is misaligned or has gaps, or 2^31 values or more.
 # A channel's number among those of all instances, for element i of x.
 _CHANNEL = "long long c = i / instance * channels + i / inner % channels;"
 _PLACE = "int64 instance, int64 channels, int64 inner"
 _STATISTICS = "raw T shift, raw T mean"
 
-_middle = Elementwise(
+_shift = Elementwise(
     "raw S x, int64 batch, int64 channels, int64 inner",
     "T shift",
     """
     gpubn::Shape shape = {batch, channels, inner};
-    long long samples = batch * inner;
-    gpubn::Walk first(shape, i, 0), central(shape, i, samples / 2), last(shape, i, samples - 1);
-    shift = gpubn::middle<REAL>(gpubn::load<STORED>(x[first.at]).v,
-                                gpubn::load<STORED>(x[central.at]).v,
-                                gpubn::load<STORED>(x[last.at]).v);
+    shift = gpubn::batchnorm_shift<STORED>(&x[0], shape, i);
     """,
     "gpubn_batchnorm_shift",
     _SOURCE,
@@ -83,9 +82,8 @@ _gradients = cupy.ElementwiseKernel(
     "T scale, T dgamma, T dbeta, int64 samples",
     "T constant, T slope",
     """
-    gpubn::real<T> count((long long)samples), s(scale);
-    constant = (s * (gpubn::real<T>(dbeta) / count)).v;
-    slope = (s * (gpubn::real<T>(dgamma) / count)).v;
+    constant = gpubn::batchnorm_share<T>(scale, dbeta, samples);
+    slope = gpubn::batchnorm_share<T>(scale, dgamma, samples);
     """,
     "gpubn_batchnorm_gradients",
     preamble=_SOURCE,
@@ -152,14 +150,26 @@ def train(
     """Return out, the statistics of ``x (1, B, C, S)``, and the next running mean and variance.
 
     What ``shift``, ``moments``, ``statistics``, ``running_update`` and ``normalize`` give one after
-    the other.
+    the other, in one launch where a channel fits on chip, else in two.
     """
-    k = shift(x)
-    mean, var = moments(x, k)
-    invstd, scale = statistics(var, gamma, eps)
-    running = running_update(running_mean, running_var, k, mean, var, momentum, correction)
-    found = Statistics(k, mean, invstd, scale, beta)
-    return normalize(x, found, residual, relu, out), found, *running
+    x, gamma, beta, running_mean, running_var = contiguous(
+        x, gamma, beta, running_mean, running_var
+    )
+    added = None if residual is None else contiguous(residual)[0]
+    out = cupy.empty(x.shape, x.dtype) if out is None else out
+    cut = plan_of(x, added, out, kept=int(out.flags.c_contiguous))
+    found = cupy.empty((6, x.shape[2]), accumulator(x))
+    scalars = map(found.dtype.type, (eps, momentum, 1.0 - momentum, correction))
+    arrays = (
+        *(x, added, relu, gamma, beta, running_mean, running_var, *scalars),
+        *(out if cut.shared else None, found),
+    )
+    cut.run(_SOURCE, "batchnorm_train", arrays, 2, _word(cut.shared > 0))
+    k, mean, invstd, scale, next_mean, next_var = found
+    statistics = Statistics(k, mean, invstd, scale, beta)
+    if not cut.shared:
+        normalize(x, statistics, added, relu, out)
+    return out, statistics, next_mean, next_var
 
 
 def backward(
@@ -167,11 +177,28 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """Return dx, to ``out`` if given, dgamma and dbeta, through the statistics of ``x``.
 
-    What ``backward_sums``, ``gradients`` and ``backward_dx`` give one after the other.
+    What ``backward_sums``, ``gradients`` and ``backward_dx`` give one after the other, in one
+    launch where a channel of ``dout`` and ``x`` fits on chip, else in two.
     """
-    dgamma, dbeta = backward_sums(dout, x, statistics, relu)
-    sums = gradients(statistics.scale, dgamma, dbeta, x.shape[1] * x.shape[3])
-    return backward_dx(dout, x, statistics, sums, relu, out), dgamma, dbeta
+    dx = cupy.empty(x.shape, x.dtype) if out is None else out
+    sums, complete = _backward(dout, x, statistics, relu, dx)
+    dgamma, dbeta, constant, slope = sums
+    if not complete:
+        backward_dx(dout, x, statistics, Gradients(constant, slope), relu, dx)
+    return dx, dgamma, dbeta
+
+
+def _backward(
+    dout: Array, x: Array, statistics: Statistics, relu: bool, dx: Array | None
+) -> tuple[Array, bool]:
+    """Return dgamma, dbeta, constant and slope ``(4, I * C)``, and whether dx was written too."""
+    dout, x, *channels = contiguous(dout, x, *statistics)
+    on_chip = dx is not None and dx.flags.c_contiguous
+    cut = plan_of(x, dout, dx, widest=8, kept=2 * on_chip)
+    sums = cupy.empty((4, len(channels[0])), accumulator(x))
+    arrays = (dout, x, relu, *channels, dx if cut.shared else None, sums)
+    cut.run(_SOURCE, "batchnorm_backward", arrays, 2, _word(cut.shared > 0))
+    return sums, cut.shared > 0
 
 
 def shift(x: Array) -> Array:
@@ -182,15 +209,16 @@ def shift(x: Array) -> Array:
     (x,) = contiguous(x)
     instances, batch, channels, inner = x.shape
     out = cupy.empty(instances * channels, accumulator(x))
-    _middle(x.dtype, x.reshape(-1), batch, channels, inner, out)
+    _shift(x.dtype, x.reshape(-1), batch, channels, inner, out)
     return out
 
 
 def moments(x: Array, shift: Array) -> tuple[Array, Array]:
     """Return the mean and the biased variance ``(I * C,)`` of ``x - shift`` over the samples."""
-    arrays = contiguous(x, shift)
-    mean, var = reduce_channels(_SOURCE, "batchnorm_moments", x, arrays, "merge_moments", 2)
-    return mean, var
+    x, shift = contiguous(x, shift)
+    found = cupy.empty((2, len(shift)), accumulator(x))
+    plan_of(x).run(_SOURCE, "batchnorm_moments", (x, shift, found), 2)
+    return found[0], found[1]
 
 
 def merge_moments(mean: Array, var: Array, part_rows: int, rows: int) -> tuple[Array, Array]:
@@ -250,14 +278,18 @@ def normalize(
 
     With ``relu`` that of ReLU after it; with a ``residual``, of ReLU after their sum.
     """
-    shift, mean, _, scale, beta = contiguous(*statistics)
+    shift, mean, _, scale, beta = channels = contiguous(*statistics)
     out = cupy.empty(x.shape, x.dtype) if out is None else out
     (x,) = contiguous(x)
-    channels = (shift, mean, scale, beta, *_place(x))
-    if residual is not None:
-        _add_relu(x.dtype, x, *contiguous(residual), *channels, out)
+    added = None if residual is None else contiguous(residual)[0]
+    words = _vectors(x, added, out, channels)
+    if words:
+        arrays = (x, added, relu, shift, mean, scale, beta, out)
+        _run_vectors("batchnorm_normalize_vectors", arrays, words)
+    elif added is not None:
+        _add_relu(x.dtype, x, added, shift, mean, scale, beta, *_place(x), out)
     else:
-        (_relu if relu else _normalize)(x.dtype, x, *channels, out)
+        (_relu if relu else _normalize)(x.dtype, x, shift, mean, scale, beta, *_place(x), out)
     return out
 
 
@@ -268,10 +300,7 @@ def backward_sums(
 
     ``g`` is ``dout``; with ``relu`` it is 0 where the normalized output was not above 0.
     """
-    shift, mean, invstd, scale, beta = statistics
-    arrays = contiguous(dout, x, shift, mean, invstd, *((scale, beta) if relu else ()))
-    name = "batchnorm_relu_sums" if relu else "batchnorm_sums"
-    dgamma, dbeta = reduce_channels(_SOURCE, name, x, arrays, "merge_sums", 2)
+    (dgamma, dbeta, *_), _ = _backward(dout, x, statistics, relu, None)
     return dgamma, dbeta
 
 
@@ -280,11 +309,12 @@ def backward_sums_add_relu(
 ) -> tuple[Array, Array, Array]:
     """Return the sums of ``g * xhat`` and ``g``, and ``g``: ``dout`` where ``out > 0``, else 0."""
     dresidual = cupy.empty(x.shape, x.dtype)
-    dout, out, *channels = contiguous(dout, out, x, *statistics[:3])
-    arrays = (dout, out, dresidual, *channels)
-    name = "batchnorm_add_relu_sums"
-    dgamma, dbeta = reduce_channels(_SOURCE, name, x, arrays, "merge_sums", 2)
-    return dgamma, dbeta, dresidual
+    dout, out, x, *channels = contiguous(dout, out, x, *statistics[:3])
+    sums = cupy.empty((2, len(channels[0])), accumulator(x))
+    arrays = (dout, out, dresidual, x, *channels, sums)
+    cut = plan_of(x, dout, out, dresidual, widest=8)
+    cut.run(_SOURCE, "batchnorm_add_relu_sums", arrays, 2)
+    return sums[0], sums[1], dresidual
 
 
 def gradients(scale: Array, dgamma: Array, dbeta: Array, samples: int) -> Gradients:
@@ -302,28 +332,72 @@ def backward_dx(
     out: Array | None = None,
 ) -> Array:
     """Return dx, of x's shape, from the sums' shares in it; ``relu`` as in ``backward_sums``."""
-    shift, mean, invstd, scale, beta = contiguous(*statistics)
-    dx = cupy.empty(x.shape, x.dtype) if out is None else out
-    dout, x, *sums = contiguous(dout, x, *gradients)
-    if relu:
-        _relu_dx(x.dtype, dout, x, shift, mean, invstd, scale, beta, *sums, *_place(x), dx)
-    else:
-        _dx(x.dtype, dout, x, shift, mean, invstd, scale, *sums, *_place(x), dx)
-    return dx
+    return _dx_of(dout, x, statistics, gradients, relu, out)
 
 
 def backward_dx_fixed(
     dout: Array, x: Array, statistics: Statistics, relu: bool = False, out: Array | None = None
 ) -> Array:
     """Return dx where the statistics were given, as in test mode: ``g * scale``."""
-    shift, mean, _, scale, beta = contiguous(*statistics)
+    return _dx_of(dout, x, statistics, None, relu, out)
+
+
+def _dx_of(
+    dout: Array,
+    x: Array,
+    statistics: Statistics,
+    gradients: Gradients | None,
+    relu: bool,
+    out: Array | None,
+) -> Array:
+    shift, mean, invstd, scale, beta = channels = contiguous(*statistics)
     dx = cupy.empty(x.shape, x.dtype) if out is None else out
-    dout, x = contiguous(dout, x)
-    if relu:
+    dout, x, *sums = contiguous(dout, x, *(gradients or ()))
+    words = _vectors(x, dout, dx, (*channels, *sums))
+    if words:
+        arrays = (dout, x, relu, *channels, *(sums or (None, None)), dx)
+        _run_vectors("batchnorm_dx_vectors", arrays, (*words, _word(gradients is None)))
+    elif gradients is None and relu:
         _relu_dx_fixed(x.dtype, dout, x, shift, mean, scale, beta, *_place(x), dx)
-    else:
+    elif gradients is None:
         _dx_fixed(x.dtype, dout, scale, *_place(x), dx)
+    elif relu:
+        _relu_dx(x.dtype, dout, x, shift, mean, invstd, scale, beta, *sums, *_place(x), dx)
+    else:
+        _dx(x.dtype, dout, x, shift, mean, invstd, scale, *sums, *_place(x), dx)
     return dx
+
+
+def _vectors(
+    x: Array, other: Array | None, out: Array, channels: tuple[Array, ...]
+) -> tuple[str, ...]:
+    """Return the template arguments with which elements are taken as vectors, or nothing."""
+    _, _, per_instance, inner = x.shape
+    width = 16 // x.dtype.itemsize
+    arrays = (x, out) if other is None else (x, other, out)
+    if not (out.flags.c_contiguous and _aligned(arrays) and 0 < x.size < 2**31):
+        return ()
+    if inner % width == 0:
+        return str(width), "gpubn::SAME"
+    if inner == 1 and per_instance % width == 0 and _aligned(channels):
+        return str(width), "gpubn::NEIGHBOURS"
+    return str(width), "gpubn::ANY"
+
+
+def _aligned(arrays: tuple[Array, ...]) -> bool:
+    return alignment_of([array.data.ptr for array in arrays]) == 16
+
+
+def _run_vectors(name: str, arrays: tuple[Any, ...], words: tuple[str, ...]) -> None:
+    x, width = arrays[0], int(words[0])
+    _, batch, channels, inner = x.shape
+    blocks = -(-x.size // (width * THREADS))
+    sizes = map(np.uint32, (x.size, batch * channels, channels, inner))
+    kernel(_SOURCE, name, x.dtype, *words)((blocks,), (THREADS,), (*arrays, *sizes))
+
+
+def _word(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _place(x: Array) -> tuple[np.int64, ...]:

@@ -27,7 +27,7 @@ def source(*names: str) -> str:
 
 
 @cache
-def kernel(text: str, name: str, dtype: np.dtype[Any], *arguments: int) -> cupy.RawKernel:
+def kernel(text: str, name: str, dtype: np.dtype[Any], *arguments: int | str) -> cupy.RawKernel:
     """Return ``name<dtype, *arguments>``, a template in ``text``."""
     instance = f"gpubn::{name}<{', '.join([_STORAGE[dtype.name], *map(str, arguments)])}>"
     return cupy.RawModule(code=text, name_expressions=[instance]).get_function(instance)
@@ -78,4 +78,4 @@ def _bits(argument: Any, dtype: np.dtype[Any]) -> Any:
 
 def contiguous(*arrays: Array) -> tuple[Array, ...]:
     """Return the arrays in C order, copied only where they are not: kernels take pointers."""
-    return tuple(cupy.ascontiguousarray(array) for array in arrays)
+    return tuple(a if a.flags.c_contiguous else cupy.ascontiguousarray(a) for a in arrays)

@@ -6,8 +6,10 @@
 // threads in ascending or descending order: a kernel that forgets a barrier gives different results
 // in the two.
 //
-// What it does not do: dynamic shared memory, cooperative groups, textures, warp matrix instructions,
-// fast-math intrinsics, __device__ variables. Those are compile errors, not wrong results.
+// What it does not do: cooperative groups, textures, warp matrix instructions, fast-math intrinsics,
+// __device__ variables. Those are compile errors, not wrong results.
+// Dynamic shared memory is declared as `extern __shared__ type name[];`, which cupy_stand_in.py makes a
+// pointer to what the launch brings.
 // min and max are for integers only, since CUDA's and the host's floating ones differ in NaN and -0.
 //
 // The device code's inline PTX stands inside `#ifdef __CUDA_ARCH__`, which is not defined here.
@@ -166,6 +168,8 @@ struct Machine {
     void (*call)(void* kernel, void** args);
     void* kernel;
     void** args;
+    char* dynamic_shared;  // of a block, and behind it a stretch that it may not touch
+    size_t dynamic_bytes;
     bool failed;
     char message[512];
 };
@@ -348,8 +352,24 @@ inline void poison_shared_memory() {
 inline void poison_shared_memory() {}
 #endif
 
+constexpr size_t BEHIND = 256;
+
+template <class T>
+T* dynamic_shared() { return reinterpret_cast<T*>(machine->dynamic_shared); }
+
+inline void poison_dynamic_shared() {
+    memset(machine->dynamic_shared, 0xff, machine->dynamic_bytes + BEHIND);
+}
+
+inline void check_dynamic_shared() {
+    for (size_t i = 0; i < BEHIND; ++i)
+        if (machine->dynamic_shared[machine->dynamic_bytes + i] != char(0xff))
+            fail("a thread wrote beyond the launch's %zu bytes of shared memory", machine->dynamic_bytes);
+}
+
 inline void run_block(bool descending) {
     poison_shared_memory();
+    poison_dynamic_shared();
     const unsigned count = machine->thread_count;
     for (unsigned i = 0; i < count; ++i) {
         Thread* thread = &machine->threads[i];
@@ -369,6 +389,7 @@ inline void run_block(bool descending) {
             } while (release_warp(machine->threads + begin, lanes));
         }
     } while (release_block());
+    check_dynamic_shared();
 }
 
 template <class... P, size_t... I>
@@ -379,8 +400,11 @@ void call_kernel(void (*kernel)(P...), void** args, std::index_sequence<I...>) {
 // Like cudaLaunchKernel. Returns a message that lasts until the next launch, or null when all is well.
 template <class... P>
 const char* launch(void (*kernel)(P...), const unsigned* grid, const unsigned* block, void** args,
-                   bool descending) {
+                   size_t shared_bytes, bool descending) {
     if (!machine) machine = new Machine();
+    // Aligned as on a GPU; a launch that failed leaves its own behind.
+    machine->dynamic_shared = static_cast<char*>(aligned_alloc(256, (shared_bytes + 511) / 256 * 256));
+    machine->dynamic_bytes = shared_bytes;
     gridDim = dim3(grid[0], grid[1], grid[2]);
     blockDim = dim3(block[0], block[1], block[2]);
     machine->thread_count = block[0] * block[1] * block[2];
@@ -407,6 +431,7 @@ const char* launch(void (*kernel)(P...), const unsigned* grid, const unsigned* b
         }
     }
     drop_fibers();
+    free(machine->dynamic_shared);
     return nullptr;
 }
 

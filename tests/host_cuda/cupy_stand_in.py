@@ -63,6 +63,9 @@ device_to_host_copies = 0
 #: How many times an array has come from the host, on any stream.
 host_to_device_copies = 0
 
+#: How many kernels were launched, raw and elementwise ones.
+launches = 0
+
 #: How many times all work of the device, or of the null stream, was waited for.
 synchronisations = 0
 
@@ -149,6 +152,11 @@ sources: list[Source] = []
 def _count_copy() -> None:
     global device_to_host_copies
     device_to_host_copies += 1
+
+
+def _count_launch() -> None:
+    global launches
+    launches += 1
 
 
 def _count_upload() -> None:
@@ -432,12 +440,17 @@ def _cache_folder() -> Path:
     return folder
 
 
+#: A block's shared memory whose size the launch says.
+_DYNAMIC_SHARED = re.compile(r"extern\s+__shared__\s+([\w:]+)\s+(\w+)\s*\[\s*\]\s*;")
+
+
 @functools.cache
 def _compile(text: str, defines: tuple[str, ...], title: str) -> ctypes.PyDLL:
     """Compile C++ text that includes cuda_host.h, unless an equal one has been, and load it."""
     command = compiler()
     if command is None:
         raise CompileException("no C++ compiler is found: set CXX, or install g++ or clang++")
+    text = _DYNAMIC_SHARED.sub(r"\1* const \2 = host_cuda::dynamic_shared<\1>();", text)
     command += [*FLAGS, *defines, f"-I{HEADER.parent}"]
     content = "\0".join([*command, _compiler_version(tuple(command[:1])), HEADER.read_text(), text])
     library = _cache_folder() / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.so"
@@ -512,8 +525,8 @@ class RawModule:
                 f"EXPORT void describe_{i}(char* out, size_t bytes)"
                 f" {{ host_cuda::describe_kernel({name}, out, bytes); }}\n"
                 f"EXPORT const char* launch_{i}(const unsigned* grid, const unsigned* block,"
-                f" void** args, bool descending)"
-                f" {{ return host_cuda::launch({name}, grid, block, args, descending); }}"
+                f" void** args, size_t shared, bool descending)"
+                f" {{ return host_cuda::launch({name}, grid, block, args, shared, descending); }}"
             )
         text.append("EXPORT void share_stacks(char** list) { host_cuda::spare_stacks = list; }")
         library = _compile("\n".join(text), _defines(self.options), ", ".join(names))
@@ -542,11 +555,24 @@ class _Function:
         self._params = buffer.value.decode().split()
         self._launch = library[f"launch_{index}"]
         self._launch.restype = ctypes.c_char_p
+        self._most_shared = device_properties["sharedMemPerBlock"]
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._most_shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size):
+        if size > device_properties["sharedMemPerBlockOptin"]:
+            raise CUDADriverError(f"CUDA_ERROR_INVALID_VALUE: {self.name}: {size} bytes")
+        self._most_shared = size
 
     def __call__(self, grid, block, args, *, shared_mem=0, stream=None):
-        if shared_mem:
-            # gpubn's kernels have their shared memory's size in the text.
-            raise NotImplementedError("the stand-in has no dynamic shared memory")
+        if not 0 <= shared_mem <= self._most_shared:
+            raise CUDADriverError(
+                f"CUDA_ERROR_INVALID_VALUE: {self.name}: {shared_mem} bytes of shared memory, "
+                f"at most {self._most_shared} unless max_dynamic_shared_size_bytes is set"
+            )
         grid = self._size("grid", grid, (2**31 - 1, 65535, 65535))
         block = self._size("block", block, (1024, 1024, 64))
         if int(np.prod(block)) > 1024:
@@ -562,7 +588,11 @@ class _Function:
         cells = [self._cell(i, arg) for i, arg in enumerate(args)]
         pointers = (ctypes.c_void_p * max(len(cells), 1))(*(cell.ctypes.data for cell in cells))
         dims = ctypes.c_uint * 3
-        message = self._launch(dims(*grid), dims(*block), pointers, ctypes.c_bool(_descending()))
+        _count_launch()
+        message = self._launch(
+            *(dims(*grid), dims(*block), pointers),
+            *(ctypes.c_size_t(shared_mem), ctypes.c_bool(_descending())),
+        )
         if message is not None:
             raise CUDADriverError(f"{self.name}: {message.decode()}")
 
@@ -807,6 +837,7 @@ class ElementwiseKernel:
         if instance not in self._source.instances:
             self._source.instances.append(instance)
 
+        _count_launch()
         library = _compile(self._text(is_array, letters), _defines(self._source.options), self.name)
         cells = [
             _ArrayView(host) if array_ else host.ctypes.data_as(ctypes.c_void_p)
@@ -905,7 +936,11 @@ class Device:
 
     @property
     def attributes(self):
-        return {"MultiProcessorCount": device_properties["multiProcessorCount"], "WarpSize": 32}
+        return {
+            "MultiProcessorCount": device_properties["multiProcessorCount"],
+            "MaxSharedMemoryPerBlockOptin": device_properties["sharedMemPerBlockOptin"],
+            "WarpSize": 32,
+        }
 
     @property
     def mem_info(self):

@@ -108,6 +108,32 @@ def test_blocks_start_with_garbage_in_shared_memory(cupy):
 
 
 @needs_compiler
+def test_shared_memory_of_a_size_that_the_launch_says(cupy):
+    body = """
+    extern __shared__ uint4 memory[];
+    float* y = reinterpret_cast<float*>(memory);
+    if (x[0] == 0) y[threadIdx.x] = threadIdx.x;
+    __syncthreads();
+    x[1 + blockIdx.x * blockDim.x + threadIdx.x] = y[blockDim.x - 1 - threadIdx.x];
+    """
+    run = kernel(cupy, extern(body))
+    x = cupy.zeros(65, np.float32)
+    run((2,), (32,), (x,), shared_mem=128)
+    np.testing.assert_array_equal(x.get()[1:], np.tile(np.arange(32)[::-1], 2))
+    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="beyond the launch's 124 bytes"):
+        run((1,), (32,), (cupy.zeros(65, np.float32),), shared_mem=124)
+    x = cupy.ones(65, np.float32)
+    run((2,), (32,), (x,), shared_mem=128)
+    assert np.isnan(x.get()[1:]).all()  # garbage at first
+    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="max_dynamic_shared_size_bytes"):
+        run((1,), (32,), (x,), shared_mem=50_000)
+    run.max_dynamic_shared_size_bytes = 50_000
+    run((1,), (32,), (x,), shared_mem=50_000)
+    with pytest.raises(cupy.cuda.driver.CUDADriverError, match="300000 bytes"):
+        run.max_dynamic_shared_size_bytes = 300_000
+
+
+@needs_compiler
 @pytest.mark.parametrize("order", ["ascending", "reversed"])
 def test_indices(cupy, monkeypatch, order):
     monkeypatch.setattr(cupy_stand_in, "thread_order", order)

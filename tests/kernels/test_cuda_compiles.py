@@ -25,6 +25,8 @@ ARCHES = nvrtc.ARCHES
 BAD = r"\b(?:\w+\.)*ftz\.\w+|approx\.\w+|div\.full\.\w+"
 # Two roundings made one, where the contract does not say so.
 FUSED = r"\b(?:fma|mad)\.(?:rn\.)?f\d+"
+# Kernels that read several values at once.
+VECTORS = re.compile(r"(Planes|Columns)<[48]>|SAME|NEIGHBOURS")
 MAY_FUSE = {"matmul", "softmax_loss", "gpubn_exp", "gpubn_log"}
 ALL_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
@@ -43,9 +45,9 @@ def used_sources() -> tuple[cupy_stand_in.Source, ...]:
             use_norms(modules, cupy, dtype)
             x = cupy.asarray(np.random.default_rng(0).standard_normal((300, 5)).astype(dtype))
             gamma = x[0]
-            modules["samples"].channel_sum(x[None, :, :, None])
-            modules["samples"].channel_sum(x[None, None])
-            modules["samples"].square_sum(x[None, :, :, None])
+            for columns in (x[None, :, :, None], x[None, None], x[None, :, :4, None]):
+                modules["samples"].channel_sum(columns)
+                modules["samples"].square_sum(columns)
             modules["elementary"].exp(x)
             modules["elementary"].log(x)
             gemm, losses, l2 = modules["gemm"], modules["losses"], modules["l2"]
@@ -77,25 +79,22 @@ def use_norms(modules: dict[str, Any], cupy: Any, dtype: Any) -> None:
     rng = np.random.default_rng(0)
     real = np.float64 if dtype is np.float64 else np.float32
     batchnorm, group = modules["batchnorm"], modules["groupnorm"]
-    for shape in ((1, 300, 5, 1), (1, 3, 5, 100)):
+    # Vectors along rows and planes, and values one by one; the last array has no vectors at all.
+    for shape in ((1, 300, 8, 1), (1, 3, 5, 104), (1, 300, 5, 1)):
         x = cupy.asarray(rng.standard_normal(shape).astype(dtype))
-        gamma = cupy.asarray(rng.standard_normal(5).astype(real))
-        shift = batchnorm.shift(x)
-        mean, var = batchnorm.moments(x, shift)
-        invstd, scale = batchnorm.statistics(var, gamma, 1e-5)
-        channels = Statistics(shift, mean, invstd, scale, gamma)
-        batchnorm.running_update(mean, var, shift, mean, var, 0.9)
-        batchnorm.normalize(x, channels, x)
-        batchnorm.backward_sums_add_relu(x, x, x, channels)
-        for relu in (False, True):
-            batchnorm.normalize(x, channels, relu=relu)
-            sums = batchnorm.backward_sums(x, x, channels, relu)
-            gradients = batchnorm.gradients(scale, *sums, 300)
-            batchnorm.backward_dx(x, x, channels, gradients, relu)
-            batchnorm.backward_dx_fixed(x, x, channels, relu)
-        group.shift(x, 5)
-        group.merge_channels(mean, var, 5, 300)
-        group.gradients(gamma, invstd, mean, var, 5, 300)
+        gamma = cupy.asarray(rng.standard_normal(shape[2]).astype(real))
+        use_batchnorm(batchnorm, x, gamma)
+        for device in ((1, 0), (1, 1 << 20)):  # one keeps nothing on chip
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(modules["samples"], "_device", lambda _, device=device: device)
+                _, channels, *_ = batchnorm.train(x, gamma, gamma, gamma, gamma, 1e-5, 0.9)
+                batchnorm.backward(x, x, channels)
+    misaligned = cupy.empty(x.size + 1, dtype)[1:].reshape(x.shape)
+    misaligned[...] = x
+    use_batchnorm(batchnorm, misaligned, gamma)
+    group.shift(x, 5)
+    group.merge_channels(channels.mean, channels.invstd, 5, 300)
+    group.gradients(gamma, channels.invstd, gamma, gamma, 5, 300)
     # A value at a time and 16 bytes at a time; a warp, several, and more values than they hold.
     for rows in ((300, 5), (9, 256), (2, 4104)) if dtype is np.float32 else ((300, 5), (2, 4104)):
         x = cupy.asarray(rng.standard_normal(rows).astype(dtype))
@@ -107,6 +106,23 @@ def use_norms(modules: dict[str, Any], cupy: Any, dtype: Any) -> None:
     modules["relu"].forward(x)
     modules["relu"].backward(x, x)
     modules["dropout"].apply(x, 0.5, 1, 2, 3)
+
+
+def use_batchnorm(batchnorm: Any, x: Any, gamma: Any) -> None:
+    """Call what has the parts of batch norm."""
+    shift = batchnorm.shift(x)
+    mean, var = batchnorm.moments(x, shift)
+    invstd, scale = batchnorm.statistics(var, gamma, 1e-5)
+    channels = Statistics(shift, mean, invstd, scale, gamma)
+    batchnorm.running_update(mean, var, shift, mean, var, 0.9)
+    batchnorm.normalize(x, channels, x)
+    batchnorm.backward_sums_add_relu(x, x, x, channels)
+    for relu in (False, True):
+        batchnorm.normalize(x, channels, relu=relu)
+        sums = batchnorm.backward_sums(x, x, channels, relu)
+        gradients = batchnorm.gradients(scale, *sums, 300)
+        batchnorm.backward_dx(x, x, channels, gradients, relu)
+        batchnorm.backward_dx_fixed(x, x, channels, relu)
 
 
 def test_nothing_is_left_out() -> None:
@@ -145,6 +161,8 @@ def test_compiles_to_ieee_arithmetic(arch: str) -> None:
         for ptx, cubin in results:
             assert cubin
             name = source.name or re.findall(r"gpubn::(\w+)<", source.instances[0])[0]
+            if source.kind == "raw" and VECTORS.search(source.instances[0]):
+                assert re.search(r"ld\.global\.v[24]\.", ptx), source.instances
             bad = re.findall(BAD if name in MAY_FUSE else f"{BAD}|{FUSED}", ptx)
             assert not bad, f"{source.name} {source.instances} for {arch}: {sorted(set(bad))}"
 

@@ -66,6 +66,35 @@ CUDA_FAULTS = (
                 "leaf(first + 2, tile.channel)), leaf(first + 3, tile.channel));"
             ),
         },
+        "groupnorm",
+    ),
+    Fault(
+        "a thread's leaves merged one after another",
+        "samples.cuh",
+        {
+            "return count & 1 ? above.add(merge(held, nodes), count >> 1) : held = nodes;": (
+                "return held = count ? merge(held, nodes) : nodes;"
+            ),
+            "return above.total(count & 1 ? merge(held, nodes) : nodes, count >> 1);": (
+                "return count ? merge(held, nodes) : nodes;"
+            ),
+        },
+        "batchnorm",
+    ),
+    Fault(
+        "a thread's last leaf lost, where it is not full",
+        "samples.cuh",
+        {"counter.total(rows ? next(rows) : Result{}, full)": "counter.total(Result{}, full)"},
+        "channel-sum",
+    ),
+    Fault(
+        "the nodes of tiles in the order of the blocks backwards",
+        "samples.cuh",
+        {
+            "node[j].set(k, at(k, number * size, channel));": (
+                "node[j].set(k, at(k, (s.tiles - 1 - number) * size, channel));"
+            )
+        },
         "channel-sum",
     ),
     Fault(
@@ -79,20 +108,12 @@ CUDA_FAULTS = (
         "channel-sum",
     ),
     Fault(
-        "samples counted along the positions first, then along the batch",
+        "samples counted along the batch from its end",
         "samples.cuh",
         {
-            "long long at, k, inner, jump;": "long long at, k, inner, jump, step;",
-            "b = sample / s.inner;": "b = sample % s.batch;",
-            "        inner = s.inner;": "        inner = s.batch;",
-            "k = sample - b * s.inner;": "k = b;",
-            "jump = (s.channels - 1) * s.inner;": (
-                "step = s.channels * s.inner;\n        jump = 1 - s.batch * step;"
-            ),
-            "channel % s.channels) * s.inner + k;": (
-                "channel % s.channels) * s.inner + sample / s.batch;"
-            ),
-            "at++;": "at += step;",
+            "b = sample / s.inner;": "b = s.batch - 1 - sample / s.inner;",
+            "k = sample - b * s.inner;": "k = sample % s.inner;",
+            "jump = (s.channels - 1) * s.inner;": "jump = -(s.channels + 1) * s.inner;",
         },
         "channel-sum",
     ),
@@ -103,13 +124,20 @@ CUDA_FAULTS = (
         "channel-sum",
     ),
     Fault(
-        "groups of threads merged from both ends",
+        "threads that share channels merged from both ends",
         "samples.cuh",
         {
-            "for (int step = 1; step < groups; step *= 2) {": (
-                "for (int step = groups / 2; step > 0; step /= 2) {"
+            "for (int step = 1; step < blockDim.y; step *= 2) {": (
+                "for (int step = blockDim.y / 2; step > 0; step /= 2) {\n"
+                "        mine = &others[(threadIdx.y - step) * blockDim.x + threadIdx.x];"
             ),
-            "if (threadIdx.y % (2 * step) == 0) node": "if (threadIdx.y < step) node",
+            "if (threadIdx.y % (2 * step) == step) *mine": "if (threadIdx.y / step == 1) *mine",
+            "if (threadIdx.y % (2 * step) == 0)\n            nodes": (
+                "if (threadIdx.y < step)\n            nodes"
+            ),
+            "others[(threadIdx.y + step) / 2 * blockDim.x + threadIdx.x]": (
+                "others[threadIdx.y * blockDim.x + threadIdx.x]"
+            ),
         },
         "channel-sum",
     ),
@@ -128,9 +156,10 @@ CUDA_FAULTS = (
         "squares summed by fused multiply-adds",
         "samples.cuh",
         {
-            "v[i] = load<S>(x[walk.at]) * load<S>(x[walk.at]);": (
-                "v[0] = fma(load<S>(x[walk.at]), load<S>(x[walk.at]), v[0]);"
-            )
+            "real<T> v[8];": "real<T> v[8] = {};",
+            "v[i] = value(load<S>(values.of[c][i]));": (
+                "v[0] = fma(load<S>(values.of[c][i]), load<S>(values.of[c][i]), v[0]);"
+            ),
         },
         "sum-of-squares",
     ),
@@ -331,8 +360,24 @@ CUDA_FAULTS = (
     Fault(
         "a residual's gradient that ReLU did not stop",
         "batchnorm.cuh",
-        {"dresidual[at] = store<S>(g);": "dresidual[at] = dout[at];"},
+        {
+            "write_leaf<S, L>(dresidual, leaf, g);": (
+                "write_leaf<S, L>(dresidual, leaf, read_leaf<S, L>(dout, leaf));"
+            )
+        },
         "batchnorm-add-relu-test",
+    ),
+    Fault(
+        "an unbiased variance that is not",
+        "batchnorm.cuh",
+        {"var = node.var * R(correction);": "var = node.var;"},
+        "spatial-batchnorm",
+    ),
+    Fault(
+        "statistics of the first sample's channels for those of all samples",
+        "batchnorm.cuh",
+        {"plane / instance * channels + plane % channels": "plane % channels"},
+        "instancenorm",
     ),
     # --- Group, layer and RMS norm
     Fault(
@@ -493,22 +538,6 @@ CUDA_FAULTS = (
 )
 
 PYTHON_FAULTS = (
-    Fault(
-        "statistics of the first sample's channels for those of all samples",
-        "batchnorm_cuda.py",
-        {"c = i / instance * channels + i / inner % channels;": "c = i / inner % channels;"},
-        "instancenorm",
-    ),
-    Fault(
-        "an unbiased variance that is not",
-        "batchnorm_cuda.py",
-        {
-            "sample_var = gpubn::real<T>(var) * gpubn::real<T>(correction);": (
-                "sample_var = gpubn::real<T>(var);"
-            )
-        },
-        "spatial-batchnorm",
-    ),
     Fault(
         "a shift for each channel instead of its group",
         "groupnorm_cuda.py",

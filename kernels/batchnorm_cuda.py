@@ -6,7 +6,7 @@ import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_cuda import Elementwise, contiguous, kernel, source
+from gpubn.kernels.compile_cuda import Elementwise, contiguous, kernel, pointers, source
 from gpubn.kernels.samples_cuda import THREADS, alignment_of, merge_parts, plan_of
 from gpubn.kernels.statistics import Gradients, Statistics, accumulator
 
@@ -393,7 +393,7 @@ def _run_vectors(name: str, arrays: tuple[Any, ...], words: tuple[str, ...]) -> 
     _, batch, channels, inner = x.shape
     blocks = -(-x.size // (width * THREADS))
     sizes = map(np.uint32, (x.size, batch * channels, channels, inner))
-    kernel(_SOURCE, name, x.dtype, *words)((blocks,), (THREADS,), (*arrays, *sizes))
+    kernel(_SOURCE, name, x.dtype, *words)((blocks,), (THREADS,), pointers(*arrays, *sizes))
 
 
 def _word(value: bool) -> str:

@@ -76,6 +76,14 @@ def _bits(argument: Any, dtype: np.dtype[Any]) -> Any:
     return argument.view(np.uint16) if stored else argument
 
 
+def pointers(*arguments: Any) -> tuple[Any, ...]:
+    """Return a raw kernel's arguments, with null pointers for those that are None.
+
+    Releases of CuPy differ in what they make of None: to some it is no argument at all.
+    """
+    return tuple(np.uint64(0) if argument is None else argument for argument in arguments)
+
+
 def contiguous(*arrays: Array) -> tuple[Array, ...]:
     """Return the arrays in C order, copied only where they are not: kernels take pointers."""
     return tuple(a if a.flags.c_contiguous else cupy.ascontiguousarray(a) for a in arrays)

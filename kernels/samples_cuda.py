@@ -7,7 +7,7 @@ import cupy
 import numpy as np
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_cuda import contiguous, kernel, source
+from gpubn.kernels.compile_cuda import contiguous, kernel, pointers, source
 from gpubn.kernels.statistics import accumulator
 
 _SOURCE = source("real", "samples")
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
             compiled(
                 (self.tiles * self.groups,),
                 (self.columns, THREADS // self.columns),
-                (*arrays, parts, tickets, *map(np.int64, self.sizes)),
+                pointers(*arrays, parts, tickets, *map(np.int64, self.sizes)),
                 shared_mem=self.shared,
             )
 

@@ -621,7 +621,9 @@ class _Function:
             if not arg.flags.c_contiguous:
                 raise ValueError(f"{where} is not C-contiguous: the kernel sees only its address")
             return np.array(arg.data.ptr, np.uint64)
-        if arg is None and param.startswith("*"):
+        if arg is None:  # a null pointer, or none at all: releases of CuPy differ
+            raise TypeError(f"{where} is None, expected numpy.uint64(0) for a null pointer")
+        if param.startswith("*") and isinstance(arg, np.uint64) and arg == 0:
             return np.array(0, np.uint64)
         if not isinstance(arg, bool | int | float | np.generic):
             raise TypeError(f"{where}: Unsupported type {type(arg)}")

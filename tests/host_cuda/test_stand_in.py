@@ -273,7 +273,9 @@ def test_vector_loads_null_pointers_and_raw_kernels(cupy):
         "const float* x, const float* bias, float* y",
     )
     x, y = np.arange(32, dtype=np.float32), cupy.empty(8, np.float32)
-    cupy.RawKernel(code, "kernel")((1,), (8,), (cupy.asarray(x), None, y))
+    cupy.RawKernel(code, "kernel")((1,), (8,), (cupy.asarray(x), np.uint64(0), y))
+    with pytest.raises(TypeError, match="argument 1 is None"):
+        cupy.RawKernel(code, "kernel")((1,), (8,), (cupy.asarray(x), None, y))
     np.testing.assert_array_equal(y.get(), x.reshape(8, 4).sum(1))
 
 

@@ -582,9 +582,11 @@ PYTHON_FAULTS = (
         "dropout",
     ),
     Fault(
-        "a step in double precision, rounded once",
+        "the rate taken out of the difference",
         "optimizer_numba.py",
-        {"next_w[i] = w[i] - lr * dw[i]": "next_w[i] = w[i] - np.float64(lr) * dw[i]"},
+        {
+            "read(w, i, part) - lr * read(dw, i, part))": "lr * (read(w, i, part) / lr - read(dw, i, part)))"
+        },
         "sgd",
     ),
 )

@@ -537,7 +537,7 @@ class _CaseBar:
     def case(self, op: str) -> None:
         """Count a case."""
         if self._bar is not None:
-            self._bar.set_description_str(op, refresh=False)
+            self._bar.set_description_str(op, refresh=op != self._bar.desc)
             self._bar.update()
 
     def say(self, line: str) -> None:

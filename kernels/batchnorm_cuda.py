@@ -238,7 +238,7 @@ def merge_moments(mean: Array, var: Array, part_rows: int, rows: int) -> tuple[A
             f"parts of both: {rows} rows in parts of {part_rows}"
         )
     (parts,) = contiguous(cupy.stack([mean, var]))
-    merged = merge_parts("merge_moments", parts, part_rows, rows)
+    merged = merge_parts(parts, part_rows, rows)
     return merged[0], merged[1]
 
 

@@ -21,11 +21,12 @@ _I32, _FLOAT = ir.IntType(32), ir.FloatType()
 
 
 def stored(*arrays: Array) -> tuple[Any, ...]:
-    """Return arrays of one dtype as ``plain`` does; if that is half precision, as their bits."""
-    taken = plain(*arrays)
-    if taken[0].itemsize != 2:
-        return taken
-    return tuple(array.view(_BITS[array.dtype.name]) for array in taken)
+    """Return the arrays as ``plain`` does, those of half precision as their bits."""
+    return tuple(map(_stored, plain(*arrays)))
+
+
+def _stored(array: Any) -> Any:
+    return array.view(_BITS[array.dtype.name]) if array.itemsize == 2 else array
 
 
 @intrinsic

@@ -12,8 +12,8 @@
 namespace gpubn {
 
 const int THREADS = 256;  // of a block
-const int WIDE = 32;      // COLUMNS where channels are neighbours in memory: a warp reads 32 of them
-const int LEAVES = 4;     // consecutive leaves of one thread then; where samples are neighbours, one
+const int WIDE = 32;      // channels that a block reads side by side where it merges parts
+const int LEAVES = 4;     // consecutive parts of a thread then
 
 struct Shape {
     long long batch, channels, inner;
@@ -485,87 +485,33 @@ __global__ void square_sum(const raw_of<S>* x, number_of<S>* out, number_of<S>* 
     sum_channels<S, L>(x, parts, tickets, out, sizes, [](real_of<S> v) { return v * v; });
 }
 
-// --- Along nodes, or values that are computed: a tile of COLUMNS channels a launch ------------------
+// --- Along the moments of parts --------------------------------------------------------------------
 
-template <int COLUMNS>
-struct Threads {
-    static const int groups = THREADS / COLUMNS;  // threads that share a channel: threadIdx.y
-    static const int leaves = COLUMNS == 1 ? 1 : LEAVES;
-};
-
-struct Tile {
-    long long index;    // which tile of samples
-    long long channel;  // which channel this thread works on; may lie beyond the last one
-};
-
-template <int COLUMNS>
-__device__ inline Tile this_tile(long long channels) {
-    long long blocks = (channels + COLUMNS - 1) / COLUMNS;  // per tile, side by side
-    long long block = blockIdx.x;
-    return {block / blocks, block % blocks * COLUMNS + threadIdx.x};
-}
-
-// The nodes of a block's groups, merged; the whole is in the first group's threads.
-template <int COLUMNS, class Node>
-__device__ inline Node merge_groups(Node node) {
-    const int groups = Threads<COLUMNS>::groups;
-    __shared__ Node nodes[groups][COLUMNS];
-    for (int step = 1; step < groups; step *= 2) {
-        nodes[threadIdx.y][threadIdx.x] = node;
-        __syncthreads();
-        if (threadIdx.y % (2 * step) == 0) node = merge(node, nodes[threadIdx.y + step][threadIdx.x]);
-        __syncthreads();
-    }
-    return node;
-}
-
-// Reduce this block's tile and write its node's K values to out (K, tiles, channels), where `channels`
-// are those of all instances. `leaf(i, channel)` gives the node of leaf i, absent beyond the last sample.
-template <int K, int COLUMNS, class Node, class T, class Leaf>
-__device__ inline void reduce_tile(long long channels, long long tiles, T* out, Leaf leaf) {
-    Tile tile = this_tile<COLUMNS>(channels);
-    bool inside = tile.channel < channels;
-    Node node = {};
-    if (inside) {
-        const int leaves = Threads<COLUMNS>::leaves;
-        long long first = (tile.index * Threads<COLUMNS>::groups + threadIdx.y) * leaves;
-        if (leaves == 1)
-            node = leaf(first, tile.channel);
-        else
-            node = merge(merge(leaf(first, tile.channel), leaf(first + 1, tile.channel)),
-                         merge(leaf(first + 2, tile.channel), leaf(first + 3, tile.channel)));
-    }
-    node = merge_groups<COLUMNS>(node);
-    if (inside && threadIdx.y == 0)
-        for (int k = 0; k < K; k++) out[(k * tiles + tile.index) * channels + tile.channel] = node.value(k);
-}
-
-// Merge parts (K, P, channels), of `part_rows` samples each and the last one of what is left of `rows`.
-template <class T, int K>
-__global__ void merge_sums(const T* parts, T* out, long long channels, long long tiles,
-                           long long part_count, long long part_rows, long long rows) {
-    reduce_tile<K, WIDE, Sums<T, K>>(channels, tiles, out, [=](long long part, long long channel) {
-        Sums<T, K> node = {};
-        node.rows = rows_of(part, part_rows, rows);
-        if (node.rows)
-            for (int k = 0; k < K; k++)
-                node.sum[k] = real<T>(parts[(k * part_count + part) * channels + channel]);
-        return node;
-    });
-}
-
-template <class T, int K>
+// Merge the moments (2, part_count, channels) of parts, of `part_rows` samples each and the last one of what is
+// left of `rows`, to out (2, tiles, channels): a block takes WIDE channels, a thread LEAVES consecutive parts.
+template <class T>
 __global__ void merge_moments(const T* parts, T* out, long long channels, long long tiles,
                               long long part_count, long long part_rows, long long rows) {
-    reduce_tile<K, WIDE, Moments<T>>(channels, tiles, out, [=](long long part, long long channel) {
+    long long blocks = (channels + WIDE - 1) / WIDE;  // per tile, side by side
+    long long tile = blockIdx.x / blocks, channel = blockIdx.x % blocks * WIDE + threadIdx.x;
+    bool inside = channel < channels;
+    auto part = [=](long long number) {
         Moments<T> node = {};
-        node.rows = rows_of(part, part_rows, rows);
+        node.rows = rows_of(number, part_rows, rows);
         if (node.rows) {
-            node.mean = real<T>(parts[part * channels + channel]);
-            node.var = real<T>(parts[(part_count + part) * channels + channel]);
+            node.mean = real<T>(parts[number * channels + channel]);
+            node.var = real<T>(parts[(part_count + number) * channels + channel]);
         }
         return node;
-    });
+    };
+    Moments<T> node = {};
+    if (inside) {
+        long long first = (tile * blockDim.y + threadIdx.y) * LEAVES;
+        node = merge(merge(part(first), part(first + 1)), merge(part(first + 2), part(first + 3)));
+    }
+    node = merge_block(node);
+    if (inside && threadIdx.y == 0)
+        for (int k = 0; k < 2; k++) out[(k * tiles + tile) * channels + channel] = node.value(k);
 }
 
 }  // namespace gpubn

@@ -159,14 +159,14 @@ def _sum(name: str, x: Array) -> Array:
     return out
 
 
-def merge_parts(merge: str, parts: Array, part_rows: int, rows: int) -> Array:
-    """Merge ``parts (K, P, C)``, of ``part_rows`` samples each but the last: ``(K, C)``."""
-    width, count, channels = parts.shape
+def merge_parts(parts: Array, part_rows: int, rows: int) -> Array:
+    """Merge moments ``(2, P, C)`` of parts, of ``part_rows`` samples each but the last."""
+    _, count, channels = parts.shape
     while count > 1:
         tiles = -(-count // _NODES)
-        merged = cupy.empty((width, tiles, channels), parts.dtype)
+        merged = cupy.empty((2, tiles, channels), parts.dtype)
         counts = (channels, tiles, count, part_rows, rows)
-        kernel(_SOURCE, merge, parts.dtype, width)(
+        kernel(_SOURCE, "merge_moments", parts.dtype)(
             (tiles * -(-channels // WIDE),),
             (WIDE, THREADS // WIDE),
             (parts, merged, *map(np.int64, counts)),

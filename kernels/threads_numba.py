@@ -143,13 +143,15 @@ def split(
 def _entry(kernel: Callable[..., None]) -> Callable[..., None]:
     """Return the compiled function that runs a kernel in pieces.
 
-    One for each kernel, for what is called from compiled code must be known there. It is given
-    a name of its own, by which Numba keeps it on disk.
+    One for each kernel, for what is called from compiled code must be known there. To Numba, which
+    keeps it on disk by file, line and name, it is a function beside the kernel.
     """
-    function: Any = kernel
-    function = function.py_func
-    entry = FunctionType(_run.__code__, {**globals(), "_kernel": kernel}, function.__name__)
-    entry.__qualname__ = f"{function.__module__}.{function.__qualname__}"
+    dispatcher: Any = kernel
+    function = dispatcher.py_func
+    at = {name: getattr(function.__code__, name) for name in ("co_filename", "co_firstlineno")}
+    entry = FunctionType(_run.__code__.replace(**at), {**globals(), "_kernel": kernel})
+    entry.__name__ = f"{function.__name__}_in_pieces"
+    entry.__qualname__ = f"{function.__qualname__}_in_pieces"
     return compiled(entry)
 
 

@@ -585,7 +585,9 @@ PYTHON_FAULTS = (
         "the rate taken out of the difference",
         "optimizer_numba.py",
         {
-            "read(w, i, part) - lr * read(dw, i, part))": "lr * (read(w, i, part) / lr - read(dw, i, part)))"
+            "read(w, i, part) - lr * read(dw, i, part)": (
+                "lr * (read(w, i, part) / lr - read(dw, i, part))"
+            )
         },
         "sgd",
     ),

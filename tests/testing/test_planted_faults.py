@@ -59,12 +59,10 @@ CUDA_FAULTS = (
         "four leaves merged one after another",
         "samples.cuh",
         {
-            "node = merge(merge(leaf(first, tile.channel), leaf(first + 1": (
-                "node = merge(merge(merge(leaf(first, tile.channel), leaf(first + 1"
+            "merge(merge(part(first), part(first + 1)), merge(part(": (
+                "merge(merge(merge(part(first), part(first + 1)), part("
             ),
-            "merge(leaf(first + 2, tile.channel), leaf(first + 3, tile.channel)));": (
-                "leaf(first + 2, tile.channel)), leaf(first + 3, tile.channel));"
-            ),
+            "part(first + 2), part(first + 3)));": "part(first + 2)), part(first + 3));",
         },
         "groupnorm",
     ),

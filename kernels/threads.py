@@ -2,10 +2,11 @@
 
 import os
 
-WORTH_SPLITTING = 1 << 15
+WORTH_SPLITTING = 1 << 17
 """Elements below which another thread costs more than it saves.
 
-The half of such an array that another core takes has to move from the first one's cache to its own.
+The half of such an array that another core takes has to move from the first one's cache to its own,
+and a helper that sleeps wakes up when most of the work is done.
 """
 
 PIECE = 1 << 13

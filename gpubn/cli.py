@@ -1,4 +1,4 @@
-"""The command line: ``gpubn train``, ``gpubn evaluate``, ``gpubn info``, ``gpubn parity``.
+"""The command line: ``gpubn train``, ``evaluate``, ``experiment``, ``info`` and ``parity``.
 
 What takes time to import is imported where it is used, so that ``gpubn --help`` is quick.
 """
@@ -74,6 +74,7 @@ def _parser() -> _Parser:
     evaluate.add_argument("--data", metavar="SPEC", help="measure on other data of the same kind")
     _add_device(evaluate)
     evaluate.set_defaults(function=_evaluate)
+    _add_experiment(commands)
     info = commands.add_parser(
         "info",
         help="show versions and devices",
@@ -151,6 +152,46 @@ def _add_device(group: Any) -> None:
         help=f"auto, cpu, cuda or cuda:N (default: {backend.ENVIRONMENT_VARIABLE}, else auto: "
         "CUDA where it works)",
     )
+
+
+def _add_experiment(commands: Any) -> None:
+    parser = commands.add_parser(
+        "experiment",
+        help="show what normalization does, in pictures",
+        description="Train the networks of one or more experiments, and write for each a table of "
+        "all losses and accuracies and its figures, and one page, report.html, with all of it. "
+        "Experiments: all, batchnorm, weight-scale, batch-size, layernorm, dropout, update-rules.",
+        epilog="What is trained is kept in the folder: an interrupted command goes on where it "
+        "stopped, and more seeds are added to those that are there.",
+    )
+    parser.add_argument("names", metavar="NAME", nargs="+", help="an experiment, or all")
+    parser.add_argument(
+        "--data",
+        metavar="SPEC",
+        default="digits",
+        help=f"one of {', '.join(SPEC_FORMS)} (default: digits; CIFAR-10 has the notebooks' "
+        "figures)",
+    )
+    _add_device(parser)
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train each network N times; lines are means, bands what they span (default: 1)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes side by side, which share the CPU's threads (default: 1)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer epochs and weight scales")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where it is written (default: experiments/NAME-DATA)"
+    )
+    parser.set_defaults(function=_experiment)
 
 
 def _add_parity(commands: Any) -> None:
@@ -479,6 +520,77 @@ def _version(distributions: tuple[str, ...]) -> str:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return f"{metadata.version(name)}{'' if len(distributions) == 1 else f' ({name})'}"
     return "not installed"
+
+
+# --- gpubn experiment -----------------------------------------------------------------------------
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    import importlib
+    from pathlib import Path
+
+    from gpubn import experiments
+
+    if arguments.out == "":
+        raise UsageError("--out is empty, expected a folder")
+    with _usage():
+        plan = experiments.Plan.of(
+            arguments.names,
+            data=arguments.data,
+            device=arguments.device,
+            seeds=arguments.seeds,
+            jobs=arguments.jobs,
+            quick=arguments.quick,
+        )
+    _silence_fallback(arguments.device)
+    _check_threads()
+    runs.require("tqdm", "matplotlib")
+    folder = plan.folder if arguments.out is None else Path(arguments.out)
+    watcher = _Trainings(plan)
+    try:
+        with contextlib.closing(watcher):
+            results = experiments.run(plan, folder, watcher)
+    except KeyboardInterrupt:
+        _say(f"what is trained is kept in {folder}; the same command goes on from there")
+        raise
+    report: Any = importlib.import_module("gpubn.experiments.report")
+    facts = {"data": plan.data, "device": watcher.device, **_versions()}
+    files = report.write(folder, plan, results, facts)
+    for experiment in plan.experiments:
+        _say(f"{experiment.name:13} {experiment.finding(results[experiment.name])}")
+    _say(f"wrote {len(files)} files to {folder}; open {files[-1]}")
+    return 0
+
+
+class _Trainings:
+    """Shows how many trainings are done: a bar on a terminal, else a line for every tenth."""
+
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
+        self._bar: Any = None
+        self._done = self._total = 0
+        self.device = ""
+
+    def begin(self, done: int, total: int, device: backend.Device, data: Any) -> None:
+        self._done, self._total, self.device = done, total, f"{device.name} ({device.reason})"
+        _say(f"device   {self.device}")
+        _say(f"data     {self._plan.data}: {len(data.X_train):,} images to train on")
+        if done:
+            _say(f"{done} of {total} trainings are there already")
+        if done < total and _terminal():
+            self._bar = _bar(done, total)
+
+    def trained(self, experiment: Any, outcome: Any) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_description_str(experiment.name, refresh=False)
+            self._bar.update()
+        elif self._done == self._total or self._done % max(1, self._total // 10) == 0:
+            _say(f"{self._done} of {self._total} trainings done ({experiment.name})")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 # --- gpubn parity ---------------------------------------------------------------------------------

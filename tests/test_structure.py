@@ -24,6 +24,8 @@ ROOMS = (
     "gpubn.layers",
     "gpubn.nn",
     "gpubn.train",
+    "gpubn.cs231n",
+    "gpubn.experiments",
     "gpubn.cli",
 )
 CLI = ROOT / "gpubn" / "cli.py"
@@ -74,7 +76,8 @@ def test_imports_run_one_way() -> None:
         for imported in imports(path):
             other = room(imported)
             if other == "gpubn.testing":
-                assert path == CLI, f"{path} imports {imported}: that is for tests"
+                check = path.name == "gradient_check.py"  # the assignment's module for tests
+                assert path == CLI or check, f"{path} imports {imported}: that is for tests"
             elif other is not None:
                 assert ROOMS.index(other) <= ROOMS.index(mine), f"{path} imports {imported}"
 

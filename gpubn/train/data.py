@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import math
 import os
 import pickletools
@@ -110,6 +111,14 @@ class Dataset:
     def input_dim(self) -> int:
         """The number of values in one image."""
         return math.prod(self.input_shape)
+
+    def digest(self) -> str:
+        """Return a hash of all that training depends on: the training and the validation set."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.X_train, self.y_train, self.X_val, self.y_val):
+            digest.update(f"{array.dtype.str} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
 
     def as_dict(self) -> dict[str, NDArray[Any]]:
         """Return ``{"X_train": ..., "y_train": ..., ...}``, without a test set if there is none."""
@@ -370,7 +379,7 @@ def _permutation(n: int) -> NDArray[np.intp]:
 
 def _load_digits() -> Dataset:
     with resources.as_file(resources.files("gpubn.train") / "datasets" / "digits.npz") as path:
-        arrays = _read_npz(str(path), ("X", "y"))
+        arrays = read_npz(str(path), ("X", "y"))
     order = _permutation(len(arrays["X"]))
     X, y = arrays["X"][order], arrays["y"][order]
     return Dataset(
@@ -380,7 +389,7 @@ def _load_digits() -> Dataset:
 
 def _load_npz(spec: str, path: str) -> Dataset:
     pairs = [(f"X_{part}", f"y_{part}") for part in _PARTS]
-    arrays = _read_npz(path, [key for pair in pairs for key in pair])
+    arrays = read_npz(path, [key for pair in pairs for key in pair])
     for X_key, y_key in pairs:
         needed = X_key == "X_train"
         for key, other in ((X_key, y_key), (y_key, X_key)):
@@ -399,7 +408,7 @@ def _load_npz(spec: str, path: str) -> Dataset:
     return Dataset(spec, **arrays)  # type: ignore[arg-type]
 
 
-def _read_npz(path: str, keys: tuple[str, ...] | list[str]) -> dict[str, NDArray[Any]]:
+def read_npz(path: str, keys: tuple[str, ...] | list[str]) -> dict[str, NDArray[Any]]:
     """Read those of ``keys`` that the file has.
 
     Not by ``np.load``, which allocates what a header asks for before it looks at the data.

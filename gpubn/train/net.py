@@ -121,7 +121,8 @@ class FullyConnectedNet:
         self.step = 0
         self._dropout_seed = secrets.randbits(64) if self.seed is None else self.seed
 
-        self._params = self._initial()
+        self._params = self._new_params()
+        self._draw_weights(self._params)
         self._build(reproducible)
 
     @property
@@ -219,7 +220,7 @@ class FullyConnectedNet:
         bn_params, reproducible = state.pop("bn_params"), state.pop("reproducible")
         frozen = state.pop("frozen", [False] * len(bn_params))
         self.__dict__.update(state)
-        self._params = self._initial()
+        self._params = self._new_params()
         self._params.update(values)
         self._build(reproducible)
         self.bn_params = bn_params
@@ -332,13 +333,18 @@ class FullyConnectedNet:
                     add(LayerNorm(widths[i], **where), scale)
                 add(ReLU(), {})
             if self.dropout_keep_ratio < 1:
-                add(Dropout(self.dropout_keep_ratio, self.seed, stream=i), {})
+                add(self._dropout(i), {})
         self.layers = Sequential(*layers)
         self._affines = [layer for layer in layers if isinstance(layer, Affine)]
         self._batchnorms = [layer for layer in layers if isinstance(layer, BatchNorm)]
         self._dropouts = [layer for layer in layers if isinstance(layer, Dropout)]
 
-    def _initial(self) -> Parameters:
+    def _dropout(self, index: int) -> Layer:
+        """Return the dropout behind a hidden layer, the first of which has index 1."""
+        return Dropout(self.dropout_keep_ratio, self.seed, stream=index)
+
+    def _new_params(self) -> Parameters:
+        """Return parameters as they are at first, with weights of 0."""
         shapes: dict[str, tuple[int, ...]] = {}
         widths = (self.input_dim, *self.hidden_dims, self.num_classes)
         for layer in range(1, self.num_layers + 1):
@@ -349,15 +355,18 @@ class FullyConnectedNet:
         # Weights lie first: the L2 penalty and adamw's decay are over one leading stretch.
         layout = sorted(shapes, key=lambda name: not name.startswith("W"))
         params = Parameters(shapes, layout, self.dtype, self.device)
-        # Drawn in this order, as the assignment has it.
-        generator = np.random.default_rng(self.seed)
         for name, shape in shapes.items():
-            if name.startswith("W"):
-                weights = draw_weights(generator, shape, self.weight_scale)
-                params[name] = weights.astype(self.dtype)
-            elif name.startswith("gamma"):
+            if name.startswith("gamma"):
                 params[name] = np.ones(shape, self.dtype)
         return params
+
+    def _draw_weights(self, params: Parameters) -> None:
+        """Draw W1 to WL, in this order, as the assignment has it."""
+        generator = np.random.default_rng(self.seed)
+        for name, array in params.items():
+            if name.startswith("W"):
+                weights = draw_weights(generator, array.shape, self.weight_scale)
+                params[name] = weights.astype(self.dtype)
 
     def as_input(self, X: Array, name: str = "X") -> Array:
         """Check a batch and bring it to the network's device and dtype."""

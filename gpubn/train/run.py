@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import importlib.util
 import io
 import math
@@ -166,7 +165,7 @@ class Run:
         try:
             _place(name)  # a device that is none is no fault of the data
             self.dataset = load_data(data or config.data)
-            self._data_digest = _digest(self.dataset)
+            self._data_digest = self.dataset.digest()
             self.preprocessing = Preprocessing.fit(self.dataset.X_train, self.dataset.max_value)
             self.net = FullyConnectedNet(
                 config.hidden,
@@ -366,15 +365,6 @@ def _place(device: str | None) -> backend.Device:
 def _shuffle_seed(seed: int) -> int:
     """Derive a seed for the batches: with the seed itself they would repeat the weights' draws."""
     return int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0])
-
-
-def _digest(dataset: Dataset) -> str:
-    """Return a hash of all that training depends on in a data set."""
-    digest = hashlib.blake2b(digest_size=16)
-    for array in (dataset.X_train, dataset.y_train, dataset.X_val, dataset.y_val):
-        digest.update(f"{array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _arrays_of(preprocessing: Preprocessing) -> dict[str, NDArray[Any]]:

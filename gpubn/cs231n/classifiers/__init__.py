@@ -1,0 +1,1 @@
+"""The assignment's ``cs231n.classifiers``."""

@@ -490,15 +490,34 @@ def _backward_planes(
             k, m = np.repeat(shift[a:b], inner), np.repeat(mean[a:b], inner)
             s, f = np.repeat(invstd[a:b], inner), np.repeat(scale[a:b], inner)
             away, along = np.repeat(constant[a:b], inner), np.repeat(slope[a:b], inner)
-            t = None if beta is None else np.repeat(beta[a:b], inner)
-            for n in range(batch - 1, -1, -1):
-                at = plane(x, a, n)
-                _dx_row(dout, x, (k, m, s, f), t, away, along, dx, at, 0, k.shape[0])
+            statistics = k, m, s, f
+            if beta is not None:
+                t = np.repeat(beta[a:b], inner)
+                _dx_runs(dout, x, statistics, t, away, along, dx, a)
+            else:
+                _dx_runs(dout, x, statistics, None, away, along, dx, a)
             continue
         for n in range(batch - 1, -1, -1):
             for c in range(a, b):
                 at = plane(x, c, n)
                 _dx_plane(dout, x, (shift, mean, invstd, scale), beta, constant, slope, dx, at, c)
+
+
+@compiled
+def _dx_runs(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    beta: Any,
+    constant: Any,
+    slope: Any,
+    dx: Any,
+    channel: int,
+) -> None:
+    """Write dx of neighbouring channels from ``channel`` on, of whose samples each has its own."""
+    for n in range(x.shape[1] - 1, -1, -1):
+        at = plane(x, channel, n)
+        _dx_row(dout, x, statistics, beta, constant, slope, dx, at, 0, constant.shape[0])
 
 
 @compiled

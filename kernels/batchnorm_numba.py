@@ -38,6 +38,8 @@ from gpubn.kernels.vectors_numba import (
     where_positive,
 )
 
+FEW = 64  # samples of a plane of which too many are left behind its last whole vector
+
 
 def train(
     x: Array,
@@ -376,7 +378,8 @@ def _train_planes(
     last: int,
 ) -> None:
     """Normalize channels, whose statistics become columns of ``channels (7, C)``."""
-    batch, samples = x.shape[1], x.shape[1] * x.shape[3]
+    batch, inner = x.shape[1], x.shape[3]
+    samples = batch * inner
     shift, mean, _, _, scale = channels[0], channels[1], channels[2], channels[3], channels[4]
     group = min(group_of(x), last - first)
     work, buffers = workspace(channels, group, samples), buffers_of(channels, group)
@@ -388,7 +391,14 @@ def _train_planes(
             *(gamma, running_mean, running_var, eps, momentum, complement, correction),
             *(channels, a, b),
         )
-        for n in range(batch - 1, -1, -1):  # what was read last is in the nearest cache
+        if inner <= FEW:  # the group's samples as if each were a channel: vectors of several
+            k, m = np.repeat(shift[a:b], inner), np.repeat(mean[a:b], inner)
+            f, t = np.repeat(scale[a:b], inner), np.repeat(beta[a:b], inner)
+            for n in range(batch - 1, -1, -1):  # what was read last is in the nearest cache
+                at = plane(x, a, n)
+                _normalize_row(x, (k, m, f, t), residual, relu, out, at, 0, k.shape[0])
+            continue
+        for n in range(batch - 1, -1, -1):
             for c in range(a, b):
                 at = plane(x, c, n)
                 _normalize_plane(x, (shift, mean, scale, beta), residual, relu, out, at, c)
@@ -463,7 +473,8 @@ def _backward_planes(
     last: int,
 ) -> None:
     """Write dx of channels, and dgamma and dbeta to the first rows of ``channels (4, C)``."""
-    batch, samples = x.shape[1], x.shape[1] * x.shape[3]
+    batch, inner = x.shape[1], x.shape[3]
+    samples = batch * inner
     group = max(1, min(group_of(x) // 2, last - first))
     work, buffers = workspace(channels, 2 * group, samples), buffers_of(channels, 2 * group)
     dgamma, dbeta, constant, slope = channels[0], channels[1], channels[2], channels[3]
@@ -475,10 +486,38 @@ def _backward_planes(
             *(a, b - a, 0, samples, work, buffers, channels[:2]),
         )
         _gradients(scale[a:b], dgamma[a:b], dbeta[a:b], count, constant[a:b], slope[a:b])
+        if inner <= FEW:
+            k, m = np.repeat(shift[a:b], inner), np.repeat(mean[a:b], inner)
+            s, f = np.repeat(invstd[a:b], inner), np.repeat(scale[a:b], inner)
+            away, along = np.repeat(constant[a:b], inner), np.repeat(slope[a:b], inner)
+            statistics = k, m, s, f
+            if beta is not None:
+                t = np.repeat(beta[a:b], inner)
+                _dx_runs(dout, x, statistics, t, away, along, dx, a)
+            else:
+                _dx_runs(dout, x, statistics, None, away, along, dx, a)
+            continue
         for n in range(batch - 1, -1, -1):
             for c in range(a, b):
                 at = plane(x, c, n)
                 _dx_plane(dout, x, (shift, mean, invstd, scale), beta, constant, slope, dx, at, c)
+
+
+@compiled
+def _dx_runs(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    beta: Any,
+    constant: Any,
+    slope: Any,
+    dx: Any,
+    channel: int,
+) -> None:
+    """Write dx of neighbouring channels from ``channel`` on, of whose samples each has its own."""
+    for n in range(x.shape[1] - 1, -1, -1):
+        at = plane(x, channel, n)
+        _dx_row(dout, x, statistics, beta, constant, slope, dx, at, 0, constant.shape[0])
 
 
 @compiled
@@ -526,7 +565,9 @@ def _normalize(
     batch, channels = x.shape[1:3]
     statistics = shift, mean, scale, beta
     for r in range(first, last):
-        _normalize_row(x, statistics, residual, relu, out, r * channels, r // batch * channels)
+        _normalize_row(
+            x, statistics, residual, relu, out, r * channels, r // batch * channels, channels
+        )
 
 
 @compiled
@@ -538,9 +579,10 @@ def _normalize_row(
     out: Any,
     first: int,
     channel: int,
+    columns: int,
 ) -> None:
-    """Normalize a row of channels, the elements from ``first`` on."""
-    columns, w, part = x.shape[2], lanes(out), x.shape[2] % lanes(out)
+    """Normalize ``columns`` elements from ``first`` on, of a channel each from ``channel`` on."""
+    w, part = lanes(out), columns % lanes(out)
     for j in range(0, columns - w + 1, w):
         v = _normalized(x, statistics, residual, relu, out, first + j, channel + j, None)
         store(out, first + j, v)
@@ -643,7 +685,7 @@ def _dx(
     for r in range(first, last):
         _dx_row(
             *(dout, x, statistics, beta, constant, slope, dx),
-            *(r * channels, r // batch * channels),
+            *(r * channels, r // batch * channels, channels),
         )
 
 
@@ -658,9 +700,10 @@ def _dx_row(
     dx: Any,
     first: int,
     channel: int,
+    columns: int,
 ) -> None:
-    """Write a row of dx, the elements from ``first`` on."""
-    columns, w, part = x.shape[2], lanes(dx), x.shape[2] % lanes(dx)
+    """Write dx of ``columns`` elements from ``first`` on, of a channel each from ``channel`` on."""
+    w, part = lanes(dx), columns % lanes(dx)
     for j in range(0, columns - w + 1, w):
         v = _dx_columns(
             dout, x, statistics, beta, constant, slope, dx, first + j, channel + j, None

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gpubn.kernels.buffers_numba import leaf_moments, merged_equal
 from gpubn.kernels.compile_numba import compiled, inlined
-from gpubn.kernels.planes_numba import leaf_moments, merged_equal
 from gpubn.kernels.vectors_numba import (
     fill,
     lanes,
@@ -204,7 +204,7 @@ def sum8(v0: Any, v1: Any, v2: Any, v3: Any, v4: Any, v5: Any, v6: Any, v7: Any)
 
 
 @inlined
-def _sum_rows(v: Any, first: int) -> Any:
+def sum_rows(v: Any, first: int) -> Any:
     """Return the sum of eight rows of a vector each, the elements of ``v`` from ``first`` on."""
     w = lanes(v)
     a, b = load(v, first), load(v, first + w)
@@ -293,12 +293,12 @@ def short_leaf_moments(
         k = read(shift, instance * x.shape[2] + j, part)
         for i in range(rows):
             store(v, i * w, read(x, row(x, instance, r + i) + j, part) - k)
-        mean = _sum_rows(v, 0) / count
+        mean = sum_rows(v, 0) / count
         for i in range(rows):
             e = load(v, i * w) - mean
             store(v, i * w, e * eighth * e)
         store(node, j - a, mean)
-        store(node, node.shape[1] + j - a, _sum_rows(v, 0) / (count * eighth))
+        store(node, node.shape[1] + j - a, sum_rows(v, 0) / (count * eighth))
 
 
 # --- Sums ----------------------------------------------------------------------------------------
@@ -335,9 +335,9 @@ def sums(
                             value = read(x, row(x, instance, r + i) + j, min(w, b - j))
                             store(v, i * w, value * value if square else value)
                         if count == 8:
-                            push_sum(levels, j - a, leaf, _sum_rows(v, 0))
+                            push_sum(levels, j - a, leaf, sum_rows(v, 0))
                         else:
-                            store(node, j - a, _sum_rows(v, 0))
+                            store(node, j - a, sum_rows(v, 0))
                 fold_sums(levels, rows // 8, node, rows % 8 > 0)
                 at = tile * parts.shape[2] + instance * columns + a
                 copy_row(node, 0, parts, at, b - a)
@@ -451,8 +451,8 @@ def gradient_leaf(
             )
             store(h, i * w, hv)
             store(g, i * w, gv)
-        store(node, j - a, _sum_rows(h, 0))
-        store(node, node.shape[1] + j - a, _sum_rows(g, 0))
+        store(node, j - a, sum_rows(h, 0))
+        store(node, node.shape[1] + j - a, sum_rows(g, 0))
 
 
 @inlined

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from gpubn.backend import Array
+from gpubn.kernels.buffers_numba import buffer_of, row_sum, workspace
 from gpubn.kernels.compile_numba import compiled, plain
 from gpubn.kernels.elementary_numba import exp_of, log_of
-from gpubn.kernels.planes_numba import buffer_of, row_sum, workspace
 from gpubn.kernels.samples_numba import channel_sum
 from gpubn.kernels.threads_numba import split
 

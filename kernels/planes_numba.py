@@ -1,326 +1,57 @@
-"""The sample order where samples are neighbours: channels first, and the values of a row.
+"""The sample order where samples are neighbours, channels first: ``x (I, B, C, S)`` with S above 1.
 
-Neighbouring channels are taken together, and each one's samples go through a buffer, a block of
-``64 W`` at a time, for W the lanes of a vector; a row lies in a buffer whole. A block is reduced in
-registers, to a vector of W nodes of 64 samples. The nodes of 64 blocks are merged in passes over
-pairs, to one node, and these go to a binary counter.
+Neighbouring channels are taken together. Long ones go through a buffer each, a block at a time, and
+are reduced there as in buffers_numba. Short ones are transposed some samples at a time, so that
+each is a lane of a vector, and lanes are reduced as columns_numba reduces columns: the end of a
+channel, where steps wait for each other, comes once for all of them.
 """
 
 from typing import Any
 
 import numpy as np
 
+from gpubn.kernels.buffers_numba import (
+    block,
+    buffer_of,
+    buffers_of,
+    copy_less,
+    finish_moments,
+    finish_sum,
+    leaf_moments,
+    put_moments,
+    put_sum,
+    workspace,
+)
+from gpubn.kernels.columns_numba import (
+    counter,
+    fold_moments,
+    fold_sums,
+    push_moments,
+    push_sum,
+    short_leaf_moments,
+    sum_rows,
+)
 from gpubn.kernels.compile_numba import compiled, inlined
 from gpubn.kernels.vectors_numba import (
-    evens,
     fill,
     lanes,
     load,
-    load_leaves,
     load_part,
-    odds,
     put_relu_gradient,
     read,
     rounded,
     store,
+    touch,
+    transpose,
     where_positive,
 )
 
-NODE = 64  # values of a node that registers give
-BLOCKS = 64  # merged in passes over pairs
-_LEVELS = 64  # of a counter of any number
 _RUN = 1 << 16  # bytes of neighbouring channels that memory is read in at once
 _GROUP = 1 << 22  # bytes of a thread's group of channels, which is to stay in the last cache
 _MOST = 64  # channels of a group: each has buffers of its own, which are to stay in a nearer one
-
-
-@inlined
-def block(like: Any) -> Any:
-    """Return the samples of a block."""
-    return NODE * lanes(like)
-
-
-@compiled
-def buffer_of(like: Any, count: int) -> Any:
-    """Return a buffer of ``count`` values, and room behind it that reductions read from."""
-    return np.empty(count + 8 * lanes(like), like.dtype)
-
-
-@compiled
-def workspace(like: Any, groups: int, rows: int) -> Any:
-    """Return the memory ``(groups + 1, 4, n)`` of reductions of ``rows`` values at once.
-
-    For each a mean and a variance (or sum) of the blocks' nodes, and of the counter's levels; and
-    at last for all of them those of a shorter block's leaves.
-    """
-    w = lanes(like)
-    nodes = min(rows // NODE, BLOCKS * w) + 4 * w
-    return np.empty((groups + 1, 4, max(nodes, _LEVELS, 12 * w)), like.dtype)
-
-
-# --- Sums of values in a buffer ------------------------------------------------------------------
-
-
-@inlined
-def _pair(a: Any, b: Any) -> Any:
-    return evens(a, b) + odds(a, b)
-
-
-@inlined
-def _leaf_sums(v: Any, i: int) -> Any:
-    """Return the sums of W leaves of ``v``, from value ``i`` on."""
-    w = lanes(v)
-    a = _pair(load(v, i), load(v, i + w))
-    b = _pair(load(v, i + 2 * w), load(v, i + 3 * w))
-    c = _pair(load(v, i + 4 * w), load(v, i + 5 * w))
-    d = _pair(load(v, i + 6 * w), load(v, i + 7 * w))
-    return _pair(_pair(a, b), _pair(c, d))
-
-
-@compiled
-def _put_sum(work: Any, count: int, v: Any, first: int) -> None:
-    """Add block ``count`` of a sum, which ``v`` has from ``first`` on."""
-    w = lanes(v)
-    step, slot = 8 * w, count % BLOCKS
-    a = _pair(_leaf_sums(v, first), _leaf_sums(v, first + step))
-    b = _pair(_leaf_sums(v, first + 2 * step), _leaf_sums(v, first + 3 * step))
-    c = _pair(_leaf_sums(v, first + 4 * step), _leaf_sums(v, first + 5 * step))
-    d = _pair(_leaf_sums(v, first + 6 * step), _leaf_sums(v, first + 7 * step))
-    store(work[0], slot * w, _pair(_pair(a, b), _pair(c, d)))
-    if slot == BLOCKS - 1:
-        total, level, count = _sum_nodes(work[0], BLOCKS * w), 0, count // BLOCKS
-        while count & 1:
-            total = work[2, level] + total
-            count >>= 1
-            level += 1
-        work[2, level] = total
-
-
-@compiled
-def _sum_nodes(nodes: Any, count: int) -> Any:
-    """Return the sum of ``count`` neighbours, which are overwritten; there is room behind them."""
-    w = lanes(nodes)
-    while count > 1:
-        pairs, last = count // 2, nodes[count - 1]
-        for i in range(0, pairs, w):
-            store(nodes, i, _pair(load(nodes, 2 * i), load(nodes, 2 * i + w)))
-        if count % 2:
-            nodes[pairs] = last
-        count -= pairs
-    return nodes[0]
-
-
-@compiled
-def _finish_sum(work: Any, leaves: Any, count: int, v: Any, first: int, rest: int) -> Any:
-    """Return the sum of ``count`` blocks and ``rest`` values more, from ``first`` on of ``v``."""
-    w = lanes(v)
-    blocks, nodes = count % BLOCKS, work[0]
-    pairs = blocks * w
-    while pairs > blocks:
-        pairs //= 2
-        for i in range(0, pairs, w):
-            store(nodes, i, _pair(load(nodes, 2 * i), load(nodes, 2 * i + w)))
-    if rest:
-        groups, zero = (rest + 7) // 8, v.dtype.type(0)
-        for i in range(first + rest, first + groups * 8):
-            v[i] = zero  # values beyond the last one add +0
-        for i in range(0, groups, w):
-            store(leaves[0], i, _leaf_sums(v, first + 8 * i))
-        nodes[blocks] = _sum_nodes(leaves[0], groups)
-        blocks += 1
-    started, level, count = blocks > 0, 0, count // BLOCKS
-    total = v.dtype.type(0)
-    if started:
-        total = _sum_nodes(nodes, blocks)
-    while count:
-        if count & 1:
-            total = work[2, level] + total if started else work[2, level]
-            started = True
-        count >>= 1
-        level += 1
-    return total
-
-
-@compiled
-def row_sum(v: Any, columns: int, work: Any) -> Any:
-    """Return the sum of a row of any length, in a buffer; ``work`` is one reduction's workspace."""
-    size = block(v)
-    full = columns // size
-    for i in range(full):
-        _put_sum(work[0], i, v, i * size)
-    return _finish_sum(work[0], work[1], full, v, full * size, columns - full * size)
-
-
-# --- Moments of values in a buffer ----------------------------------------------------------------
-
-
-@inlined
-def leaf_moments(v: Any, eighth: Any) -> Any:
-    """Return mean and variance of eight vectors, lane by lane; ``eighth`` is a vector of 1/8."""
-    d0, d1, d2, d3, d4, d5, d6, d7 = v
-    m = (((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))) * eighth  # exact: a power of two
-    e0, e1, e2, e3 = d0 - m, d1 - m, d2 - m, d3 - m
-    e4, e5, e6, e7 = d4 - m, d5 - m, d6 - m, d7 - m
-    # Divided before they are summed: eight squares overflow where their mean does not.
-    s0, s1, s2, s3 = e0 * eighth * e0, e1 * eighth * e1, e2 * eighth * e2, e3 * eighth * e3
-    s4, s5, s6, s7 = e4 * eighth * e4, e5 * eighth * e5, e6 * eighth * e6, e7 * eighth * e7
-    return m, ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
-
-
-@inlined
-def merged_equal(left: Any, right: Any, half: Any) -> Any:
-    """Return the moments of equal neighbours, pairs of vectors, with no division."""
-    h = (left[0] - right[0]) * half
-    return (left[0] + right[0]) * half, (left[1] * half + right[1] * half) + h * h
-
-
-@inlined
-def _merged_pairs(a: Any, b: Any, half: Any) -> Any:
-    left = evens(a[0], b[0]), evens(a[1], b[1])
-    return merged_equal(left, (odds(a[0], b[0]), odds(a[1], b[1])), half)
-
-
-@inlined
-def _merged_leaves(d: Any, i: int, eighth: Any, half: Any) -> Any:
-    """Return the moments of W pairs of leaves of ``d``, from value ``i`` on."""
-    a = leaf_moments(load_leaves(d, i), eighth)
-    return _merged_pairs(a, leaf_moments(load_leaves(d, i + 8 * lanes(d)), eighth), half)
-
-
-@compiled
-def _put_moments(work: Any, count: int, d: Any, first: int) -> None:
-    """Add block ``count`` of a reduction, which ``d`` has from ``first`` on."""
-    w, real = lanes(d), d.dtype.type
-    eighth, half = fill(real(0.125)), fill(real(0.5))
-    step, slot = 16 * w, count % BLOCKS
-    a = _merged_leaves(d, first, eighth, half)
-    a = _merged_pairs(a, _merged_leaves(d, first + step, eighth, half), half)
-    b = _merged_leaves(d, first + 2 * step, eighth, half)
-    b = _merged_pairs(b, _merged_leaves(d, first + 3 * step, eighth, half), half)
-    mean, var = _merged_pairs(a, b, half)
-    store(work[0], slot * w, mean)
-    store(work[1], slot * w, var)
-    if slot == BLOCKS - 1:
-        m, v = _merge_nodes(work[0], work[1], BLOCKS * w, 1, 1)
-        level, count = 0, count // BLOCKS
-        while count & 1:
-            m, v = merge(work[2, level], work[3, level], 1, m, v, 1)
-            count >>= 1
-            level += 1
-        work[2, level], work[3, level] = m, v
-
-
-@compiled
-def _merge_level(mean: Any, var: Any, pairs: int) -> None:
-    w, half = lanes(mean), fill(mean.dtype.type(0.5))
-    for i in range(0, pairs, w):
-        a, b = (load(mean, 2 * i), load(var, 2 * i)), (load(mean, 2 * i + w), load(var, 2 * i + w))
-        m, v = _merged_pairs(a, b, half)
-        store(mean, i, m)
-        store(var, i, v)
-
-
-@compiled
-def _merge_nodes(mean: Any, var: Any, count: int, unit: int, last: int) -> Any:
-    """Merge ``count`` neighbours of ``unit`` values, the last one of ``last``; overwrites them."""
-    while count > 1:
-        pairs, m, v = count // 2, mean[count - 1], var[count - 1]
-        if count % 2 == 0 and last < unit:
-            m, v = merge(mean[count - 2], var[count - 2], unit, m, v, last)
-        _merge_level(mean, var, pairs)
-        if count % 2:
-            mean[pairs], var[pairs] = m, v
-        else:
-            if last < unit:
-                mean[pairs - 1], var[pairs - 1] = m, v
-            last += unit
-        count -= pairs
-        unit *= 2
-    return mean[0], var[0]
-
-
-@compiled
-def _finish_moments(work: Any, leaves: Any, count: int, d: Any, first: int, rest: int) -> Any:
-    """Return the moments of ``count`` blocks and ``rest`` values more, from ``first`` of ``d``."""
-    w, size = lanes(d), block(d)
-    eighth = fill(d.dtype.type(0.125))
-    blocks, mean, var = count % BLOCKS, work[0], work[1]
-    pairs = blocks * w
-    while pairs > blocks:
-        pairs //= 2
-        _merge_level(mean, var, pairs)
-    rows = blocks * size + rest
-    if rest:
-        full, short, means, variances = rest // 8, rest % 8, leaves[0], leaves[1]
-        for i in range(0, full, w):
-            m, v = leaf_moments(load_leaves(d, first + 8 * i), eighth)
-            store(means, i, m)
-            store(variances, i, v)
-        if short:
-            at = first + 8 * full
-            means[full], variances[full] = _short_leaf(d[at : at + short])
-        nodes = full + (short > 0)
-        mean[blocks], var[blocks] = _merge_nodes(means, variances, nodes, 8, short or 8)
-        blocks += 1
-    m, v = d[0], d[0]
-    if blocks:
-        m, v = _merge_nodes(mean, var, blocks, size, rest or size)
-    level, count = 0, count // BLOCKS
-    while count:
-        if count & 1:
-            unit = (size * BLOCKS) << level
-            if rows:
-                m, v = merge(work[2, level], work[3, level], unit, m, v, rows)
-            else:
-                m, v = work[2, level], work[3, level]
-            rows += unit
-        count >>= 1
-        level += 1
-    return m, v
-
-
-@compiled
-def _short_leaf(d: Any) -> Any:
-    """Return mean and variance of fewer than eight values."""
-    count, eighth, zero = d.dtype.type(d.shape[0]), d.dtype.type(0.125), d.dtype.type(0)
-    v = np.zeros(8, d.dtype)  # values beyond the last one add +0
-    v[: d.shape[0]] = d
-    m = (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + zero))) / count
-    for i in range(d.shape[0]):
-        e = v[i] - m
-        v[i] = e * eighth * e
-    squares = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + zero))
-    return m, squares / (count * eighth)
-
-
-@compiled
-def merge(left_mean: Any, left_var: Any, left_rows: int, mean: Any, var: Any, rows: int) -> Any:
-    """Return the moments of two neighbours; the right one has as many rows, or fewer.
-
-    Chan, Golub and LeVeque 1979, in means instead of sums. Equal halves need no division.
-    """
-    real = type(mean)
-    if rows == left_rows:
-        half = real(0.5)
-        h = (left_mean - mean) * half
-        return (left_mean + mean) * half, (left_var * half + var * half) + h * h
-    total = real(left_rows + rows)
-    u, w = real(left_rows) / total, real(rows) / total
-    delta = mean - left_mean
-    return left_mean + delta * w, (left_var * u + var * w) + (delta * u) * (delta * w)
-
-
-@compiled
-def row_moments(d: Any, columns: int, work: Any) -> Any:
-    """Return mean and variance of a row of any length, as ``row_sum`` its sum."""
-    size = block(d)
-    full = columns // size
-    for i in range(full):
-        _put_moments(work[0], i, d, i * size)
-    return _finish_moments(work[0], work[1], full, d, full * size, columns - full * size)
-
-
-# --- Channels of x (I, B, C, S) ------------------------------------------------------------------
+ALONE = 3  # more channels than that are faster as lanes, if they are short
+SHORT = 8192  # samples of a short channel, at most
+_CHUNK = 256  # samples that are transposed at a time, to stay in the first cache
 
 
 @inlined
@@ -341,20 +72,6 @@ def group_of(x: Any) -> Any:
     return max(1, min(_RUN // size, _GROUP // (x.shape[1] * size), _MOST))
 
 
-@inlined
-def copy_less(x: Any, first: int, count: int, shift: Any, out: Any, at: int) -> None:
-    """Write elements of x less a vector to a buffer from ``at`` on.
-
-    Vectors are written whole: what lies up to one behind is overwritten.
-    """
-    w, part = lanes(x), count % lanes(x)
-    for i in range(0, count - w + 1, w):
-        store(out, at + i, load(x, first + i) - shift)
-    if part:
-        i = count - part
-        store(out, at + i, load_part(x, first + i, part) - shift)
-
-
 @compiled
 def moments(x: Any, shift: Any, parts: Any, tile_rows: int, first: int, last: int) -> None:
     """Write the moments of channels' tiles, ``first`` to ``last`` of all of them, to ``parts``."""
@@ -367,12 +84,6 @@ def moments(x: Any, shift: Any, parts: Any, tile_rows: int, first: int, last: in
         start = tile * tile_rows
         count, rows = min(group, last - unit), min(tile_rows, samples - start)
         group_moments(x, shift, channel, count, start, rows, work, buffers, parts[:, tile])
-
-
-@compiled
-def buffers_of(like: Any, count: int) -> Any:
-    """Return buffers of a block each, ``(count, ...)``."""
-    return np.empty((count, block(like) + 8 * lanes(like)), like.dtype)
 
 
 @compiled
@@ -391,7 +102,12 @@ def group_moments(
 
     The channels from ``channel`` on, each ``rows`` samples from ``start`` on.
     """
-    inner, size = x.shape[3], block(buffers)
+    inner, size, w = x.shape[3], block(buffers), lanes(buffers)
+    if as_lanes(x, count, rows):
+        chunk = chunk_of(buffers)
+        for c in range(channel, channel + count, w):
+            _lane_moments(x, shift, c, min(w, channel + count - c), start, rows, chunk, out)
+        return
     at, blocks, sample = 0, 0, start
     while sample < start + rows:  # every channel's buffer holds as many samples: `at`
         n, p = sample // inner, sample % inner
@@ -405,13 +121,13 @@ def group_moments(
                 copy_less(x, source, take, k, d, filled)
                 source, left, filled = source + take, left - take, filled + take
                 if filled == size:
-                    _put_moments(work[c], number, d, 0)
+                    put_moments(work[c], number, d, 0)
                     filled, number = 0, number + 1
         blocks += (at + run) // size
         at = (at + run) % size
         sample += run
     for c in range(count):
-        mean, var = _finish_moments(work[c], work[-1], blocks, buffers[c], 0, at)
+        mean, var = finish_moments(work[c], work[-1], blocks, buffers[c], 0, at)
         out[0, channel + c], out[1, channel + c] = mean, var
 
 
@@ -438,8 +154,8 @@ def sums(x: Any, square: bool, parts: Any, tile_rows: int, first: int, last: int
                 for j in range(0, count, w):
                     store(v, j, load(v, j) * load(v, j))
             if i < full:
-                _put_sum(work[0], i, v, 0)
-        parts[0, tile, channel] = _finish_sum(work[0], work[1], full, v, 0, rest)
+                put_sum(work[0], i, v, 0)
+        parts[0, tile, channel] = finish_sum(work[0], work[1], full, v, 0, rest)
 
 
 @compiled
@@ -496,7 +212,22 @@ def group_gradients(
     ``statistics`` are all channels' shift, mean and invstd; the rest is as in ``group_moments``.
     """
     shift, mean, invstd = statistics
-    inner, size = x.shape[3], block(buffers)
+    inner, size, w = x.shape[3], block(buffers), lanes(buffers)
+    if as_lanes(x, count, rows):
+        if out is not None:
+            _put_relu_gradients(dout, out, dresidual, channel, count, start, rows)
+        chunks = chunk_of(buffers), chunk_of(buffers)
+        for c in range(channel, channel + count, w):
+            n = min(w, channel + count - c)
+            if out is not None:
+                _lane_gradients(
+                    *(dresidual, x, statistics, None, None, c, n, start, rows, chunks, sums),
+                )
+            else:
+                _lane_gradients(
+                    *(dout, x, statistics, scale, beta, c, n, start, rows, chunks, sums),
+                )
+        return
     at, blocks, sample = 0, 0, start
     while sample < start + rows:
         n, p = sample // inner, sample % inner
@@ -516,16 +247,16 @@ def group_gradients(
                     _gradient_row(dout, x, source, take, k, m, s, scale, beta, j, h, g, filled)
                 source, left, filled = source + take, left - take, filled + take
                 if filled == size:
-                    _put_sum(work[2 * c], number, h, 0)
-                    _put_sum(work[2 * c + 1], number, g, 0)
+                    put_sum(work[2 * c], number, h, 0)
+                    put_sum(work[2 * c + 1], number, g, 0)
                     filled, number = 0, number + 1
         blocks += (at + run) // size
         at = (at + run) % size
         sample += run
     for c in range(count):
         j = channel + c
-        sums[0, j] = _finish_sum(work[2 * c], work[-1], blocks, buffers[2 * c], 0, at)
-        sums[1, j] = _finish_sum(work[2 * c + 1], work[-1], blocks, buffers[2 * c + 1], 0, at)
+        sums[0, j] = finish_sum(work[2 * c], work[-1], blocks, buffers[2 * c], 0, at)
+        sums[1, j] = finish_sum(work[2 * c + 1], work[-1], blocks, buffers[2 * c + 1], 0, at)
 
 
 @inlined
@@ -575,3 +306,147 @@ def _gradient(
     if beta is not None:
         g = where_positive(rounded(d * fill(scale[channel]) + fill(beta[channel]), x), g)
     return g * (d * s), g
+
+
+@compiled
+def _put_relu_gradients(
+    dout: Any, out: Any, dresidual: Any, channel: int, count: int, start: int, rows: int
+) -> None:
+    """Let samples of neighbouring channels of ``dresidual`` be dout's where ``out > 0``, else 0."""
+    inner, sample, end = out.shape[3], start, start + rows
+    while sample < end:
+        n, p = sample // inner, sample % inner
+        run = min(inner - p, end - sample)
+        for c in range(channel, channel + count):
+            put_relu_gradient(dout, out, dresidual, plane(out, c, n) + p, run)
+        sample += run
+
+
+# --- Short channels, each a lane -----------------------------------------------------------------
+
+
+@inlined
+def as_lanes(x: Any, count: int, rows: int) -> bool:
+    """Return whether ``rows`` samples of ``count`` neighbouring channels are best taken as lanes.
+
+    Neighbours must be equally far from each other; from one instance to the next they are not.
+    """
+    return count > ALONE and rows <= SHORT and (x.shape[0] == 1 or x.shape[1] == 1)
+
+
+@compiled
+def chunk_of(like: Any) -> Any:
+    """Return room for transposed samples, ``(1, n, W, 1)``."""
+    w = lanes(like)
+    return np.empty((1, _CHUNK + w, w, 1), like.dtype)
+
+
+@inlined
+def _transpose_samples(x: Any, first: int, n: int, count: int, chunk: Any, at: int) -> None:
+    """Write ``count`` samples of ``n`` channels to a chunk from ``at`` on; those of one to a lane.
+
+    Lanes that are left repeat the last channel. Up to a vector's samples behind are overwritten.
+    """
+    w, inner, part = lanes(chunk), x.shape[3], count % lanes(chunk)
+    for j in range(0, count - w + 1, w):
+        transpose(x, first + j, inner, n, None, chunk, (at + j) * w)
+    if part:
+        j = count - part
+        transpose(x, first + j, inner, n, part, chunk, (at + j) * w)
+
+
+@compiled
+def _lane_moments(
+    x: Any, shift: Any, channel: int, n: int, start: int, rows: int, chunk: Any, out: Any
+) -> None:
+    """Do what ``group_moments`` does, for up to W short channels."""
+    w, inner, real = lanes(chunk), x.shape[3], chunk.dtype.type
+    shifts = np.zeros(w, chunk.dtype)
+    shifts[:n] = shift[channel : channel + n]
+    k, eighth, half = load(shifts, 0), fill(real(0.125)), fill(real(0.5))
+    levels = counter(chunk, 2, rows // 8, w)
+    node = np.empty_like(levels[0])
+    at, leaves, sample, end = 0, 0, start, start + rows
+    while sample < end:
+        b, p = sample // inner, sample % inner
+        run = min(inner - p, end - sample, _CHUNK - at)
+        first = plane(x, channel, b) + p
+        if p == 0:
+            touch(x, first, n * inner)
+        _transpose_samples(x, first, n, run, chunk, at)
+        at, sample = at + run, sample + run
+        if at == _CHUNK or sample == end:
+            for leaf in range(at // 8):
+                i = leaf * 8 * w
+                d0, d1 = load(chunk, i) - k, load(chunk, i + w) - k
+                d2, d3 = load(chunk, i + 2 * w) - k, load(chunk, i + 3 * w) - k
+                d4, d5 = load(chunk, i + 4 * w) - k, load(chunk, i + 5 * w) - k
+                d6, d7 = load(chunk, i + 6 * w) - k, load(chunk, i + 7 * w) - k
+                of_leaf = leaf_moments((d0, d1, d2, d3, d4, d5, d6, d7), eighth)
+                push_moments(levels, 0, leaves + leaf, of_leaf, half)
+            leaves += at // 8
+            if at % 8:  # only at the end: a chunk is a whole number of leaves
+                short_leaf_moments(chunk, shifts, 0, at - at % 8, at % 8, 0, w, node)
+            at = 0
+    fold_moments(levels, leaves, 8, node, rows % 8)
+    for i in range(n):
+        out[0, channel + i], out[1, channel + i] = node[0, i], node[1, i]
+
+
+@compiled
+def _lane_gradients(
+    dout: Any,
+    x: Any,
+    statistics: Any,
+    scale: Any,
+    beta: Any,
+    channel: int,
+    n: int,
+    start: int,
+    rows: int,
+    chunks: Any,
+    sums: Any,
+) -> None:
+    """Do what ``group_gradients`` does, for up to W short channels."""
+    tx, tg = chunks
+    w, inner, zero = lanes(tx), x.shape[3], fill(tx.dtype.type(0))
+    shift, mean, invstd = statistics
+    k, m = load_part(shift, channel, n), load_part(mean, channel, n)
+    s = load_part(invstd, channel, n)
+    levels = counter(tx, 2, rows // 8, w)
+    node = np.empty_like(levels[0])
+    at, leaves, sample, end = 0, 0, start, start + rows
+    while sample < end:
+        b, p = sample // inner, sample % inner
+        run = min(inner - p, end - sample, _CHUNK - at)
+        first = plane(x, channel, b) + p
+        if p == 0:
+            touch(x, first, n * inner)
+            touch(dout, first, n * inner)
+        _transpose_samples(x, first, n, run, tx, at)
+        _transpose_samples(dout, first, n, run, tg, at)
+        at, sample = at + run, sample + run
+        if at == _CHUNK or sample == end:
+            for i in range(0, at * w, w):
+                g, d = load(tg, i), (load(tx, i) - k) - m
+                if beta is not None:
+                    f, t = load_part(scale, channel, n), load_part(beta, channel, n)
+                    g = where_positive(rounded(d * f + t, x), g)
+                store(tg, i, g)
+                store(tx, i, g * (d * s))
+            for i in range(at * w, (at + 7) // 8 * 8 * w, w):
+                store(tg, i, zero)  # values beyond the last one add +0
+                store(tx, i, zero)
+            for leaf in range((at + 7) // 8):
+                h, g = sum_rows(tx, leaf * 8 * w), sum_rows(tg, leaf * 8 * w)
+                if leaf < at // 8:
+                    push_sum(levels, 0, leaves + leaf, h)
+                    push_sum(levels, w, leaves + leaf, g)
+                else:
+                    store(node, 0, h)
+                    store(node, w, g)
+            leaves += at // 8
+            at = 0
+    fold_sums(levels, leaves, node, rows % 8 > 0)
+    for i in range(n):
+        sums[0, channel + i], sums[1, channel + i] = node[0, i], node[1, i]

@@ -2,13 +2,21 @@
 
 W rows are taken together, for W the lanes of a vector: they are transposed some columns at a time,
 so that each row is a lane, and lanes are reduced as columns_numba reduces columns. Rows that are
-left over, up to ``ALONE`` of them, are reduced one after the other, each as planes_numba does.
+left over, up to ``ALONE`` of them, are reduced one after the other, each as buffers_numba does.
 """
 
 from typing import Any
 
 import numpy as np
 
+from gpubn.kernels.buffers_numba import (
+    buffer_of,
+    copy_less,
+    leaf_moments,
+    row_moments,
+    row_sum,
+    workspace,
+)
 from gpubn.kernels.columns_numba import (
     counter,
     fold_moments,
@@ -18,17 +26,9 @@ from gpubn.kernels.columns_numba import (
     push_sum,
     put_parts,
     short_leaf_moments,
-    sum8,
+    sum_rows,
 )
 from gpubn.kernels.compile_numba import compiled, inlined
-from gpubn.kernels.planes_numba import (
-    buffer_of,
-    copy_less,
-    leaf_moments,
-    row_moments,
-    row_sum,
-    workspace,
-)
 from gpubn.kernels.vectors_numba import (
     fill,
     lanes,
@@ -132,20 +132,12 @@ def squares_of_rows(x: Any, r: int, n: int, scale: Any, chunk: Any, levels: Any,
         for i in range(count, (count + 7) // 8 * 8):
             store(chunk, i * w, zero)  # values beyond the last one add +0
         for leaf in range((count + 7) // 8):
-            total = _sum_leaf(chunk, leaf * 8 * w)
+            total = sum_rows(chunk, leaf * 8 * w)
             if leaf < count // 8:
                 push_sum(levels, 0, start // 8 + leaf, total)
             else:
                 store(node, 0, total)
     fold_sums(levels, columns // 8, node, columns % 8 > 0)
-
-
-@inlined
-def _sum_leaf(v: Any, at: int) -> Any:
-    w = lanes(v)
-    a, b, c, d = load(v, at), load(v, at + w), load(v, at + 2 * w), load(v, at + 3 * w)
-    e, f, g = load(v, at + 4 * w), load(v, at + 5 * w), load(v, at + 6 * w)
-    return sum8(a, b, c, d, e, f, g, load(v, at + 7 * w))
 
 
 @compiled
@@ -193,7 +185,7 @@ def gradients_of_rows(
             store(tx, j * w, zero)
         for leaf in range((count + 7) // 8):
             at = leaf * 8 * w
-            h, g = _sum_leaf(tx, at), _sum_leaf(tg, at)
+            h, g = sum_rows(tx, at), sum_rows(tg, at)
             if leaf < count // 8:
                 push_sum(levels, 0, start // 8 + leaf, h)
                 push_sum(levels, w, start // 8 + leaf, g)

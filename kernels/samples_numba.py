@@ -1,7 +1,7 @@
 """Reductions along the samples of each channel on the CPU, in the sample order (samples.cuh).
 
 Where channels are neighbours in memory (channels last), rows of channels are added side by side:
-columns_numba. Where samples are, channels go through buffers: planes_numba.
+columns_numba. Where samples are, channels go through buffers or become lanes: planes_numba.
 """
 
 from collections.abc import Callable

@@ -34,6 +34,7 @@ FUSED: tuple[Layer, ...] = (batchnorm_relu, batchnorm_add_relu)
 BATCHES = (
     *(((2, 5), 1), ((257, 3), 1), ((9, 33), 1), ((9, 3, 1, 1), 1), ((5, 1, 3), 1)),
     *(((2, 3, 7, 7), 1), ((2, 7, 7, 3), -1), ((3, 13, 11), 1), ((3, 2, 1031), 1)),
+    ((2, 21, 5, 3), 1),  # short channels, more than the lanes of a vector
 )
 every_dtype = pytest.mark.parametrize(
     "dtype",
@@ -146,6 +147,23 @@ def test_gradients(
         nudged = run(layer, CPU, choices, **{**arrays, "beta": arrays["beta"] + nudge})
         np.testing.assert_array_equal(nudged["out"] > 0, passes)
     assert_gradients(layer, device, choices=choices, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((40, 5), 1), ((2, 20, 3, 3), 1), ((1, 2, 100, 100), 1), ((2, 3, 3, 20), -1)],
+)
+def test_relu_sees_what_is_stored(device: Device, shape: tuple[int, ...], axis: int) -> None:
+    # Before they are rounded to float16 half of the outputs are above 0; afterwards none is.
+    rng = np.random.default_rng(5)
+    x, dout = (rng.standard_normal(shape).astype(np.float16) for _ in range(2))
+    gamma, beta = np.full(shape[axis], 1e-9, np.float32), np.zeros(shape[axis], np.float32)
+    with device.scope():
+        x, dout, gamma, beta = map(device.asarray, (x, dout, gamma, beta))
+        out, cache = layers.batchnorm_relu_forward(x, gamma, beta, {"mode": "train"}, axis)
+        gradients = layers.batchnorm_relu_backward(dout, cache)
+    for array in (out, *gradients):
+        assert not to_host(array).any()
 
 
 def test_the_caller_may_go_on_with_dout_and_the_residual(

@@ -10,6 +10,6 @@ A notebook of the assignment runs after ``cs231n`` is replaced by ``gpubn.cs231n
 The layers are those of ``gpubn.layers``, the network and the Solver those of ``gpubn.train``, on
 the device in force (``gpubn.use``, ``GPUBN_DEVICE``). Random numbers are the assignment's: all are
 drawn from NumPy's legacy global stream, ``np.random.seed`` and what follows it, in the assignment's
-order, so that seeded cells print the notebook's numbers. Without that need, use ``gpubn.train``: its
-seeds are explicit, and its dropout costs no mask.
+order, so that seeded cells print the notebook's numbers. Without that need, use ``gpubn.train``:
+its seeds are explicit, and its dropout costs no mask.
 """

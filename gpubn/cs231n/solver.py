@@ -48,7 +48,8 @@ class _GlobalStream:
     def state(self) -> dict[str, Any]:
         """The stream's state, as checkpoints keep it: nothing but numbers, texts and lists."""
         state: Any = np.random.get_state(legacy=False)
-        return {**state, "state": {"key": state["state"]["key"].tolist(), "pos": state["state"]["pos"]}}
+        key = state["state"]["key"].tolist()
+        return {**state, "state": {**state["state"], "key": key}}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:

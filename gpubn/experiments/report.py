@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gpubn.experiments.definitions import Experiment, Training
@@ -16,7 +16,7 @@ from gpubn.train.checkpoint import atomic_write
 
 PAGE = "report.html"
 
-_SETTINGS = (
+_SETTINGS: tuple[tuple[str, Callable[[Training], str]], ...] = (
     ("hidden layers", lambda t: " ".join(map(str, t.hidden_dims))),
     ("weight scale", lambda t: f"{t.weight_scale:.3g}"),
     ("update rule", lambda t: f"{t.update_rule}, {t.learning_rate:.3g}"),
@@ -86,16 +86,16 @@ def _settings(results: Results) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _range(trainings: list[Training], setting: object) -> str:
-    assert callable(setting)
-    values = list(dict.fromkeys(str(setting(training)) for training in trainings))
+def _range(trainings: list[Training], setting: Callable[[Training], str]) -> str:
+    values = list(dict.fromkeys(setting(training) for training in trainings))
     return values[0] if len(values) == 1 else f"{len(values)} from {values[0]} to {values[-1]}"
 
 
 def _page(plan: Plan, sections: list[str], facts: Mapping[str, str]) -> str:
+    facts = {**facts, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     items = "".join(
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
-        for name, value in {**facts, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}.items()
+        for name, value in facts.items()
     )
     links = " · ".join(
         f'<a href="#{experiment.name}">{html.escape(experiment.title)}</a>'

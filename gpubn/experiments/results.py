@@ -140,18 +140,16 @@ class Results:
     def history(self, series: str, measure: str) -> NDArray[np.float64]:
         """Return the histories of a series, ``(seeds, steps)``.
 
-        What is behind the end of one that diverged is NaN for a loss; an accuracy stays what it was.
+        Behind the end of one that diverged a loss is NaN, and an accuracy stays what it was.
         """
         names = {"train_accuracy": "train_accuracies", "val_accuracy": "val_accuracies"}
         histories = [getattr(o, names.get(measure, "losses")) for o in self.members(series)]
-        length = max(map(len, histories))
-        return np.array(
-            [
-                [*history, *[np.nan if measure == "loss" else history[-1]] * (length - len(history))]
-                for history in histories
-            ],
-            np.float64,
-        )
+        values = np.full((len(histories), max(map(len, histories))), np.nan)
+        for row, history in zip(values, histories, strict=True):
+            row[: len(history)] = history
+            if measure != "loss":
+                row[len(history) :] = history[-1]
+        return values
 
     def across(self, series: str, field: str, measure: str) -> dict[float, NDArray[np.float64]]:
         """Return the seeds' values of a measure for each value of a field of ``Training``."""

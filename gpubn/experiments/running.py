@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -106,8 +106,8 @@ class Plan:
         return Path("experiments") / "-".join([name, source, *(["quick"] if self.quick else [])])
 
 
-class Watcher:
-    """What ``run`` calls on its way. The methods do nothing: override those that you need."""
+class Watcher(Protocol):
+    """What ``run`` calls on its way."""
 
     def begin(self, done: int, total: int, device: backend.Device, data: Dataset) -> None:
         """Hear that all is ready, and how many trainings there are already."""
@@ -116,8 +116,15 @@ class Watcher:
         """Hear that a training has ended, and is saved."""
 
 
-def run(plan: Plan, folder: Path, watcher: Watcher) -> dict[str, Results]:
+def run(plan: Plan, folder: Path, watcher: Watcher | None = None) -> dict[str, Results]:
     """Train what is not there yet, and return the results of each experiment by its name.
+
+    Parameters
+    ----------
+    plan : Plan
+    folder : Path
+        Where outcomes are, and go; made if need be.
+    watcher : Watcher, optional
 
     Raises
     ------
@@ -138,14 +145,16 @@ def run(plan: Plan, folder: Path, watcher: Watcher) -> dict[str, Results]:
             found[training] = outcome
     missing = [training for training in keys if training not in found]
     (folder / OUTCOMES).mkdir(parents=True, exist_ok=True)
-    watcher.begin(len(found), len(keys), device, dataset)
+    if watcher is not None:
+        watcher.begin(len(found), len(keys), device, dataset)
     owners = {training: experiment for experiment, training in reversed(plan.trainings)}
     for outcome in _outcomes(missing, data, device.name, plan.jobs):
         text = json.dumps(outcome.as_dict(), indent=1)
         path = folder / OUTCOMES / f"{keys[outcome.training]}.json"
         atomic_write(path, f"{text}\n".encode())
         found[outcome.training] = outcome
-        watcher.trained(owners[outcome.training], outcome)
+        if watcher is not None:
+            watcher.trained(owners[outcome.training], outcome)
     chance = 1 / dataset.num_classes
     return {
         experiment.name: Results(

@@ -35,7 +35,7 @@ from gpubn.nn import files
 from gpubn.train import checkpoint
 from gpubn.train.checkpoint import CheckpointError
 from gpubn.train.config import RunConfig
-from gpubn.train.data import DataError, Dataset, Preprocessing
+from gpubn.train.data import DataError, Preprocessing
 from gpubn.train.data import load as load_data
 from gpubn.train.memory import Meter, Peak
 from gpubn.train.net import FullyConnectedNet

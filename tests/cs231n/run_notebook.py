@@ -74,7 +74,7 @@ def main() -> int:
         gpubn.use(options.device)
     room: dict[str, Any] = {"__name__": "__main__"}
     failed = 0
-    cells = [c for c in json.loads(options.notebook.read_text("utf-8"))["cells"]]
+    cells = json.loads(options.notebook.read_text("utf-8"))["cells"]
     for i, cell in enumerate([c for c in cells if c["cell_type"] == "code"][: options.cells]):
         text = source_of(cell, options.arrays)
         if not text.strip():

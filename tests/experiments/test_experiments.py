@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gpubn import backend, cli
-from gpubn.experiments import EXPERIMENTS, ExperimentError, Plan, Training, Watcher, run
+from gpubn.experiments import EXPERIMENTS, ExperimentError, Plan, Training, run
 from gpubn.experiments.definitions import Experiment, decades_that_train
 from gpubn.experiments.figures import MEASURES, draw
 from gpubn.experiments.results import COLUMNS, Outcome, Results
@@ -36,7 +36,7 @@ def plan(*names: str, **options: object) -> Plan:
     return Plan.of(names, **{"quick": True, "device": "cpu", **options})
 
 
-class Count(Watcher):
+class Count:
     def __init__(self) -> None:
         self.done = self.total = self.trained_now = 0
 
@@ -172,7 +172,7 @@ def test_other_data_are_another_training(weight_scale: Path, tmp_path: Path) -> 
     assert count.done == 0
 
 
-class _Stop(Watcher):
+class _Stop:
     """Ends a run after some trainings."""
 
     def __init__(self, count: Count, after: int) -> None:
@@ -191,7 +191,7 @@ class _Stop(Watcher):
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_it_goes_on_where_it_was_interrupted(jobs: int) -> None:
-    whole = run(plan("dropout"), Path("whole"), Watcher())
+    whole = run(plan("dropout"), Path("whole"))
     first, second = Count(), Count()
     with pytest.raises(InterruptedError):
         run(plan("dropout", jobs=jobs), Path("cut"), _Stop(first, 1))
@@ -206,7 +206,7 @@ def test_it_goes_on_where_it_was_interrupted(jobs: int) -> None:
 
 
 def test_a_damaged_outcome_is_trained_anew() -> None:
-    run(plan("dropout"), Path("out"), Watcher())
+    run(plan("dropout"), Path("out"))
     paths = sorted(Path("out", OUTCOMES).glob("*.json"))
     whole = [path.read_text("utf-8") for path in paths]
     paths[0].write_text(whole[0][:100])
@@ -281,7 +281,9 @@ def test_every_experiment_has_a_sentence_and_figures(name: str, seeds: int) -> N
 def test_what_diverged_is_drawn_as_far_as_it_went() -> None:
     trainings = EXPERIMENTS["batchnorm"].of_seeds(1, quick=True)
     cut = replace(outcome(trainings[0], 0.5, 0.5), diverged=3)
-    cut = replace(cut, losses=[2.0, 1e30, float("inf")], train_accuracies=[0.1], val_accuracies=[0.1])
+    cut = replace(
+        cut, losses=[2.0, 1e30, float("inf")], train_accuracies=[0.1], val_accuracies=[0.1]
+    )
     results = Results([cut, outcome(trainings[1], 0.5, 0.5)], 0.1)
     assert np.isnan(results.history("batch norm", "loss")[0, 3:]).all()
     assert results.history("batch norm", "val_accuracy").tolist() == [[0.1]]

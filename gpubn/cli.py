@@ -131,6 +131,19 @@ def _add_train(commands: Any) -> None:
     )
     _add_device(training)
 
+    watch = parser.add_argument_group("watching")
+    watch.add_argument(
+        "--histograms",
+        action="store_true",
+        help="record what each layer puts out, and its gradients, over training: "
+        "activations.png and .npz",
+    )
+    watch.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write events for TensorBoard to the run's folder",
+    )
+
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="DIR", help="where it is written (default: runs/DATA-N)")
     run.add_argument(
@@ -280,7 +293,7 @@ def _conclude(run: runs.Run, signum: int | None) -> int:
     if run.net.reproducible:
         _say(f"weights SHA-256 {run.net.sha256()}")
     _say(f"peak memory {run.peak_memory}")
-    _say(f"wrote {', '.join(runs.FILES)}\n  to {run.folder}; see gpubn evaluate {run.folder}")
+    _say(f"wrote {', '.join(run.files)}\n  to {run.folder}; see gpubn evaluate {run.folder}")
     return 0
 
 

@@ -90,6 +90,8 @@ class Affine(Parametrized):
         """Set ``grads`` as ``backward`` does, and spare the gradient of x: a first layer's."""
         if self._cache is None:
             raise RuntimeError("Affine.backward_parameters was called before forward")
+        if self.observer is not None:
+            self.observer(self, "gradient", dout)
         gradients = layers.affine_parameter_gradients(dout, self._cache)
         self._grads["w"], self._grads["b"] = gradients
 

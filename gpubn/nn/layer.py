@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Self
 
 import numpy as np
@@ -37,6 +37,10 @@ class Layer(ABC):
         What is no parameter and belongs to the state: running statistics.
     training : bool
         Set by ``train`` and ``eval``; True at first.
+    observer : callable or None
+        Called as ``observer(layer, "output", out)`` after each forward and as
+        ``observer(layer, "gradient", dout)`` before each backward, with the arrays themselves: copy
+        what you keep. A ``Sequential``'s sees its ends only; its layers have their own.
     """
 
     def __init__(self) -> None:
@@ -44,6 +48,7 @@ class Layer(ABC):
         self._grads: dict[str, Array] = {}
         self._cache: Any = None
         self.training = True
+        self.observer: Callable[[Layer, str, Array], None] | None = None
 
     def bind(self, params: MutableMapping[str, Array]) -> None:
         """Let the layer use these parameters, arrays of its own names and shapes, from now on."""
@@ -113,6 +118,8 @@ class Layer(ABC):
         # is no backward.
         self._cache = None
         out, self._cache = self._forward(x)
+        if self.observer is not None:
+            self.observer(self, "output", out)
         return out
 
     def predict(self, x: Any) -> Any:
@@ -139,6 +146,8 @@ class Layer(ABC):
         """Do what ``backward`` does, for what is known to be a NumPy or CuPy array."""
         if self._cache is None:
             raise RuntimeError(f"{type(self).__name__}.backward was called before forward")
+        if self.observer is not None:
+            self.observer(self, "gradient", dout)
         return self._backward(dout, self._cache)
 
     def release(self) -> None:

@@ -48,6 +48,10 @@ class RunConfig:
     reproducible : bool
         Whether matrix products have the same bits on every device, so that the trained weights do;
         by default as ``GPUBN_REPRODUCIBLE`` says, else False.
+    histograms : bool
+        Whether to record what layers put out, and its gradients, in some hundred iterations.
+    tensorboard : bool
+        Whether to write events for TensorBoard.
 
     Raises
     ------
@@ -70,6 +74,8 @@ class RunConfig:
     device: str | None = None
     seed: int = 0
     reproducible: bool = field(default_factory=backend.reproducible)
+    histograms: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         _text("data", self.data)
@@ -97,6 +103,8 @@ class RunConfig:
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}, expected less than 2**63: TOML holds no more")
         self._set("reproducible", backend.reproducible(self.reproducible))
+        for name in ("histograms", "tensorboard"):
+            self._set(name, _check.boolean(name, getattr(self, name)))
         if self.device is not None:
             _text("device", self.device)
 

@@ -6,9 +6,12 @@ The folder holds
 - ``checkpoint.safetensors``: all that training needs to go on, replaced after every epoch;
 - ``metrics.csv``: a row for the first iteration and for every epoch;
 - ``model.safetensors``: the parameters of the best validation accuracy, and the preprocessing;
-- ``curves.png``: loss and accuracies.
+- ``curves.png``: loss and accuracies;
+- with ``histograms``, ``activations.npz`` and ``activations.png``: what layers put out, and its
+  gradients, over training;
+- with ``tensorboard``, a folder ``tensorboard`` of events.
 
-What is in the last three follows from the checkpoint alone, so that a run may be killed at any
+What is in all but the first two follows from the checkpoint alone, events apart, so that a run may be killed at any
 moment: resumed, it ends with the weights, bit for bit, that it would have had.
 """
 
@@ -33,6 +36,7 @@ from gpubn import backend
 from gpubn.layers import softmax_loss
 from gpubn.nn import files
 from gpubn.train import checkpoint
+from gpubn.train.activations import Activations
 from gpubn.train.checkpoint import CheckpointError
 from gpubn.train.config import RunConfig
 from gpubn.train.data import DataError, Preprocessing
@@ -40,11 +44,18 @@ from gpubn.train.data import load as load_data
 from gpubn.train.memory import Meter, Peak
 from gpubn.train.net import FullyConnectedNet
 from gpubn.train.solver import Solver
+from gpubn.train.tensorboard import Events
 
 CONFIG, CHECKPOINT, METRICS = "config.toml", "checkpoint.safetensors", "metrics.csv"
 MODEL, CURVES = "model.safetensors", "curves.png"
 FILES = (CONFIG, CHECKPOINT, METRICS, MODEL, CURVES)
 """The files of a finished run."""
+
+EXTRA_FILES = (ACTIVATIONS, PICTURE) = ("activations.npz", "activations.png")
+"""Those that it has beside them with ``histograms``."""
+
+EVENTS = "tensorboard"
+"""The folder of events."""
 
 NUM_TRAIN_SAMPLES = 1000
 """Training samples that an epoch's training accuracy is measured on."""
@@ -59,6 +70,8 @@ METRICS_COLUMNS = (
     "seconds",
     "peak_memory_bytes",
 )
+
+_ACTIVATIONS_PREFIX = "activations."  # of their arrays' names in a checkpoint
 
 NOT_REPEATED = ("seconds", "peak_memory_bytes")
 """Columns of metrics.csv that are of the machine, and of the process that computed an epoch: they
@@ -143,6 +156,8 @@ class Run:
         Whether all epochs are done and all files written; False after ``stop``.
     test : Evaluation or None
         On the test set, once finished; None where the data have none.
+    activations : Activations or None
+        What layers put out, where ``config.histograms`` asks for it.
     peak_memory : Peak
         Of this process, or of its GPU's memory, so far: see ``gpubn.train.memory.Meter``.
     """
@@ -160,6 +175,7 @@ class Run:
         self._elapsed = 0.0  # seconds of training before this process
         self._clock = time.monotonic()
         self._watcher = Watcher()
+        self._events: Events | None = None
 
         name = device or config.device
         try:
@@ -205,6 +221,9 @@ class Run:
             raise
         except (ValueError, TypeError) as error:  # an argument's: nothing has been computed yet
             raise RunError(str(error)) from error
+        self.activations = (
+            Activations(self.net.layers, self.solver.num_iterations) if config.histograms else None
+        )
         # Losses come to the host this often: often enough to watch, seldom enough not to wait for.
         self.solver.print_every = max(10, self.solver.iterations_per_epoch // 20)
 
@@ -257,11 +276,18 @@ class Run:
         self.folder = folder
         self._watcher = watcher or Watcher()
         self._watcher.begin(self)
+        if self.config.tensorboard:
+            self._events = Events(folder / EVENTS, self.solver.iteration)
         self._clock = time.monotonic()
         if not self._stop_asked:
+            self._before_iteration()
             # A loss that overflows stops the run with a message of its own.
-            with np.errstate(over="ignore", invalid="ignore"):
-                self.solver.train()
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    self.solver.train()
+            finally:
+                if self._events is not None:
+                    self._events.close()
         if self.solver.iteration < self.solver.num_iterations:
             self._save()
             self._write_metrics()
@@ -275,12 +301,30 @@ class Run:
         self._write_metrics()
         with _naming(folder / CURVES) as path:
             checkpoint.atomic_write(path, _curves(self))
+        if self.activations is not None:
+            with _naming(folder / ACTIVATIONS) as path:
+                checkpoint.atomic_write(path, self.activations.as_npz())
+            with _naming(folder / PICTURE) as path:
+                checkpoint.atomic_write(path, self.activations.draw(_title(self.config)))
         if self.dataset.X_test is not None and self.dataset.y_test is not None:
             X = self._input(self.dataset.X_test)
             self.test = _evaluate(self.net, X, self.dataset.y_test, self.config.data, "test")
         self.finished = True
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files that a finished run has."""
+        return (*FILES, *(EXTRA_FILES if self.config.histograms else ()))
+
+    def _before_iteration(self) -> None:
+        if self.activations is not None:
+            self.activations.before(self.solver.iteration + 1)
+
     def _after_iteration(self, solver: Solver) -> None:
+        recorded = self.activations is not None and self.activations.after(solver.iteration)
+        if recorded and self._events is not None:
+            self._events.histograms(self.activations)
+        self._before_iteration()
         if solver.iteration == 1 and solver.iterations_per_epoch > 1:
             self._note_machine()
         if self._stop_asked:
@@ -289,6 +333,8 @@ class Run:
 
     def _after_epoch(self, solver: Solver) -> None:
         self._note_machine()
+        if self._events is not None:
+            self._events.scalars(dict(zip(METRICS_COLUMNS, self.metrics()[-1], strict=True)))
         self._save()
         self._write_metrics()
         self._watcher.epoch(self)
@@ -308,15 +354,25 @@ class Run:
             "seconds": self._total_seconds(),
         }
         with _naming(self.folder / CHECKPOINT) as path:
-            checkpoint.save(path, self.solver, state, _arrays_of(self.preprocessing))
+            checkpoint.save(path, self.solver, state, self._extra_arrays())
         self.solver.last_checkpoint = str(path)
+
+    def _extra_arrays(self) -> dict[str, NDArray[Any]]:
+        arrays = _arrays_of(self.preprocessing)
+        if self.activations is not None:
+            for name, array in self.activations.arrays().items():
+                arrays[f"{_ACTIVATIONS_PREFIX}{name}"] = array
+        return arrays
 
     def _load(self, path: Path) -> None:
         """Go on from a checkpoint of this run, and of no other."""
-        state = files.read(path, "checkpoint")[1]["config"]
+        arrays, header = files.read(path, "checkpoint")
+        state = header["config"]
         if "run" not in state:
             raise CheckpointError(f"{path} was not written by a run")
-        saved, mine = {"reproducible": False, **state["run"]}, self.config.as_dict()
+        # Earlier versions knew none of these.
+        unknown = {"reproducible": False, "histograms": False, "tensorboard": False}
+        saved, mine = {**unknown, **state["run"]}, self.config.as_dict()
         for name in sorted({*saved, *mine} - {*_MAY_CHANGE}):
             old, new = saved.get(name), mine.get(name)
             if old != new:
@@ -334,6 +390,11 @@ class Run:
             raise RunError(
                 f"epochs is {self.config.epochs}, expected at least {done}: the run is in that "
                 "epoch already"
+            )
+        if self.activations is not None:
+            prefix = f"extra.{_ACTIVATIONS_PREFIX}"
+            self.activations.load(
+                {k[len(prefix) :]: a for k, a in arrays.items() if k.startswith(prefix)}
             )
         self._seconds, self._elapsed = list(state["row_seconds"]), float(state["seconds"])
         # Earlier versions kept no peaks.
@@ -411,6 +472,8 @@ def start(
         A file cannot be read or written.
     """
     require("safetensors", "tomli_w", "matplotlib")
+    if config.tensorboard:
+        require("tensorboardX", extra="tensorboard")
     if out is not None:
         _refuse_used(Path(out))
     # From config.toml the data must be found whatever the working folder is.
@@ -462,6 +525,8 @@ def resume(
         Training diverged.
     """
     require("safetensors", "tomli_w", "matplotlib")
+    if config.tensorboard:
+        require("tensorboardX", extra="tensorboard")
     folder = Path(folder)
     old = read_config(folder)
     try:
@@ -545,12 +610,12 @@ def read_config(folder: str | os.PathLike[str]) -> RunConfig:
         raise RunError(str(error)) from error
 
 
-def require(*packages: str) -> None:
-    """Raise MissingDependency if one of these packages of the extra ``train`` is not installed."""
+def require(*packages: str, extra: str = "train") -> None:
+    """Raise MissingDependency if one of these packages of an extra is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependency(
-            f"{' and '.join(missing)} cannot be imported: pip install 'gpubn[train]'"
+            f"{' and '.join(missing)} cannot be imported: pip install 'gpubn[{extra}]'"
         )
 
 
@@ -580,7 +645,7 @@ def _new_folder(spec: str) -> Path:
 
 
 def _refuse_used(folder: Path) -> None:
-    there = [name for name in FILES if (folder / name).exists()]
+    there = [name for name in (*FILES, *EXTRA_FILES) if (folder / name).exists()]
     if there:
         raise RunError(
             f"{folder} already holds a run ({', '.join(there)}): go on with it by "
@@ -595,7 +660,7 @@ def _write_config(folder: Path, config: RunConfig) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what a process killed in the middle of ``atomic_write`` left behind."""
-    for name in FILES:
+    for name in (*FILES, *EXTRA_FILES):
         for path in folder.glob(f".{name}.*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -663,6 +728,14 @@ def _evaluate(
     )
 
 
+def _title(config: RunConfig) -> str:
+    hidden = " ".join(map(str, config.hidden)) or "none"
+    return (
+        f"{Path(config.data).name} · hidden {hidden} · {config.normalization} · "
+        f"{config.update_rule} · seed {config.seed}"
+    )
+
+
 def _curves(run: Run) -> bytes:
     """Draw loss against iteration and accuracies against epoch; return a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -675,10 +748,7 @@ def _curves(run: Run) -> bytes:
     # Neither pyplot nor a global backend: drawing must not touch the caller's figures.
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(
-        f"{Path(config.data).name} · hidden {' '.join(map(str, config.hidden)) or 'none'} · "
-        f"{config.normalization} · {config.update_rule} · seed {config.seed}"
-    )
+    figure.suptitle(_title(config))
     left, right = figure.subplots(1, 2)
     left.plot(range(1, len(losses) + 1), losses, color="C0", alpha=0.35, lw=0.8, label="iteration")
     # Each mean in the middle of what it is the mean of; the first row is of one iteration only.

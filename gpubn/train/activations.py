@@ -7,6 +7,7 @@ before it learn.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Record(NamedTuple):
 
     @staticmethod
     def of(array: Array) -> Record:
+        """Return the record of an array, on whichever device."""
         values = np.asarray(to_host(array), np.float64).ravel()
         values = values[np.isfinite(values)]
         if not len(values):
@@ -154,7 +156,7 @@ class Activations:
 
         arrays = self.arrays()
         affines = [i for i, layer in enumerate(self._layers) if isinstance(layer, Affine)]
-        hidden = list(zip(affines, affines[1:], strict=False))
+        hidden = list(itertools.pairwise(affines))
         rows = (
             ("the affine layer's output", 0, [first for first, _ in hidden]),
             ("the hidden layer's output", 0, [end - 1 for _, end in hidden]),

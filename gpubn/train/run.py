@@ -11,8 +11,8 @@ The folder holds
   gradients, over training;
 - with ``tensorboard``, a folder ``tensorboard`` of events.
 
-What is in all but the first two follows from the checkpoint alone, events apart, so that a run may be killed at any
-moment: resumed, it ends with the weights, bit for bit, that it would have had.
+What is in all but the first two follows from the checkpoint alone, events apart, so that a run may
+be killed at any moment: resumed, it ends with the weights, bit for bit, that it would have had.
 """
 
 from __future__ import annotations
@@ -177,6 +177,8 @@ class Run:
         self._watcher = Watcher()
         self._events: Events | None = None
 
+        if config.tensorboard:
+            require("tensorboardX", extra="tensorboard")
         name = device or config.device
         try:
             _place(name)  # a device that is none is no fault of the data
@@ -472,8 +474,6 @@ def start(
         A file cannot be read or written.
     """
     require("safetensors", "tomli_w", "matplotlib")
-    if config.tensorboard:
-        require("tensorboardX", extra="tensorboard")
     if out is not None:
         _refuse_used(Path(out))
     # From config.toml the data must be found whatever the working folder is.

@@ -1,4 +1,4 @@
-"""What ``gpubn train --histograms`` and ``--tensorboard`` keep, and what becomes of it in a resumed run."""
+"""What ``gpubn train --histograms`` and ``--tensorboard`` keep, in a resumed run too."""
 
 from __future__ import annotations
 

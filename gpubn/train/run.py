@@ -525,8 +525,6 @@ def resume(
         Training diverged.
     """
     require("safetensors", "tomli_w", "matplotlib")
-    if config.tensorboard:
-        require("tensorboardX", extra="tensorboard")
     folder = Path(folder)
     old = read_config(folder)
     try:

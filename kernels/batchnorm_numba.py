@@ -7,19 +7,13 @@ import numpy as np
 
 from gpubn.backend import Array
 from gpubn.kernels import columns_numba, planes_numba
+from gpubn.kernels.buffers_numba import buffers_of, workspace
 from gpubn.kernels.columns_numba import TILES
 from gpubn.kernels.columns_numba import gradients as column_gradients
 from gpubn.kernels.columns_numba import moments as column_moments
 from gpubn.kernels.compile_numba import compiled, inlined, plain
 from gpubn.kernels.memory import empty
-from gpubn.kernels.planes_numba import (
-    buffers_of,
-    group_gradients,
-    group_moments,
-    group_of,
-    plane,
-    workspace,
-)
+from gpubn.kernels.planes_numba import group_gradients, group_moments, group_of, plane
 from gpubn.kernels.real_numba import stored, widen
 from gpubn.kernels.samples_numba import merge_parts, reduce_channels
 from gpubn.kernels.statistics import Gradients, Statistics, accumulator

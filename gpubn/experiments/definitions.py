@@ -230,8 +230,8 @@ def _dropout(quick: bool) -> list[Training]:
 def _dropout_finding(results: Results) -> str:
     none, kept = (results.of(series) for series in ("no dropout", "dropout, 0.25 kept"))
     return (
-        f"Training and validation accuracy ended {none.gap:+.1%} apart without dropout "
-        f"({none.train_accuracy:.1%} and {none.val_accuracy:.1%}) and {kept.gap:+.1%} with a "
+        f"Training and validation accuracy ended {100 * none.gap:.1f} points apart without dropout "
+        f"({none.train_accuracy:.1%} and {none.val_accuracy:.1%}) and {100 * kept.gap:.1f} with a "
         f"quarter of the units kept ({kept.train_accuracy:.1%} and {kept.val_accuracy:.1%})."
     )
 

@@ -32,6 +32,7 @@ from gpubn.experiments.results import Outcome, Results
 from gpubn.train import FullyConnectedNet, NonFiniteLoss, Solver
 from gpubn.train.checkpoint import atomic_write
 from gpubn.train.data import Dataset, load
+from gpubn.train.run import RunError
 
 OUTCOMES = "trainings"
 """The folder of the outcomes."""
@@ -39,7 +40,7 @@ OUTCOMES = "trainings"
 _THREADS = ("GPUBN_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-class ExperimentError(ValueError):
+class ExperimentError(RunError):
     """An experiment that cannot be run as asked. The message says why, in one line."""
 
 
@@ -128,13 +129,16 @@ def run(plan: Plan, folder: Path, watcher: Watcher | None = None) -> dict[str, R
 
     Raises
     ------
-    DataError, DeviceError
-        The data or the device cannot be used; nothing has been written.
+    ExperimentError, DataError, DeviceError
+        The device is none, or it or the data cannot be used; nothing has been written.
     OSError
         A file cannot be read or written.
     """
     dataset = load(plan.data)
-    device = backend.current() if plan.device is None else backend.resolve(plan.device)
+    try:
+        device = backend.current() if plan.device is None else backend.resolve(plan.device)
+    except ValueError as error:
+        raise ExperimentError(str(error)) from error
     data = prepare(dataset, max(training.images for _, training in plan.trainings))
     digest = dataset.digest()
     found: dict[Training, Outcome] = {}

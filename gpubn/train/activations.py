@@ -110,10 +110,10 @@ class Activations:
 
     # --- As arrays --------------------------------------------------------------------------------
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Any]:
         """Return all records, axes (iteration, kind, layer), as ``activations.npz`` has them."""
         shape = (len(self.records), len(KINDS), len(self.names))
-        arrays: dict[str, NDArray[Any]] = {"iterations": np.array(self.iterations, np.int64)}
+        arrays: dict[str, Any] = {"iterations": np.array(self.iterations, np.int64)}
         for name in _SUMMARY:
             values = [[getattr(record, name) for record in row] for row in self.records]
             arrays[name] = np.array(values, np.float64).reshape(shape)
@@ -127,9 +127,10 @@ class Activations:
         count = len(self.iterations)
         summary = [np.asarray(arrays[name]).reshape(count, -1) for name in _SUMMARY]
         counts = np.asarray(arrays["counts"]).reshape(count, -1, BINS)
+        mean, deviation, low, high = (values.tolist() for values in summary)
         self.records = [
             [
-                Record(*(float(values[t, j]) for values in summary), counts[t, j])
+                Record(mean[t][j], deviation[t][j], low[t][j], high[t][j], counts[t, j])
                 for j in range(counts.shape[1])
             ]
             for t in range(count)
@@ -138,9 +139,8 @@ class Activations:
     def as_npz(self) -> bytes:
         """Return an .npz file of the arrays, and of the layers' names and the kinds."""
         file = io.BytesIO()
-        np.savez_compressed(
-            file, layers=np.array(self.names), kinds=np.array(KINDS), **self.arrays()
-        )
+        named: dict[str, Any] = {"layers": np.array(self.names), "kinds": np.array(KINDS)}
+        np.savez_compressed(file, **named, **self.arrays())
         return file.getvalue()
 
     # --- As a picture -----------------------------------------------------------------------------

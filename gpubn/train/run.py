@@ -323,28 +323,28 @@ class Run:
             self.activations.before(self.solver.iteration + 1)
 
     def _after_iteration(self, solver: Solver) -> None:
-        recorded = self.activations is not None and self.activations.after(solver.iteration)
-        if recorded and self._events is not None:
-            self._events.histograms(self.activations)
+        activations = self.activations
+        if activations is not None and activations.after(solver.iteration) and self._events:
+            self._events.histograms(activations)
         self._before_iteration()
         if solver.iteration == 1 and solver.iterations_per_epoch > 1:
-            self._note_machine()
+            self._note_row()
         if self._stop_asked:
             solver.stop()  # the request may have come before train(), which forgets earlier ones
         self._watcher.iteration(self)
 
     def _after_epoch(self, solver: Solver) -> None:
-        self._note_machine()
-        if self._events is not None:
-            self._events.scalars(dict(zip(METRICS_COLUMNS, self.metrics()[-1], strict=True)))
+        self._note_row()
         self._save()
         self._write_metrics()
         self._watcher.epoch(self)
 
-    def _note_machine(self) -> None:
-        """Note what a row of metrics.csv says of the machine."""
+    def _note_row(self) -> None:
+        """Note what a new row of metrics.csv says of the machine, and tell TensorBoard of it."""
         self._seconds.append(self._total_seconds())
         self._peaks.append(self.peak_memory.bytes)
+        if self._events is not None:
+            self._events.scalars(dict(zip(METRICS_COLUMNS, self.metrics()[-1], strict=True)))
 
     def _save(self) -> None:
         self.solver.check_parameters()

@@ -148,8 +148,8 @@ class Activations:
     def draw(self, title: str) -> bytes:
         """Draw what hidden layers are given, put out, and get back, over training; return a PNG.
 
-        A column for each hidden layer. Dark is where many values are; the lines are the mean and
-        one deviation to either side.
+        A column for each hidden layer. Dark is where many values are (by the root of their share);
+        the lines are the mean and one deviation to either side.
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -195,7 +195,8 @@ def _draw(axes: Any, arrays: Mapping[str, NDArray[Any]], kind: int, layer: int) 
     shares = np.array(
         [rebinned(c, lo, hi, edges) for c, lo, hi in zip(counts, low, high, strict=True)]
     )
-    shares /= np.maximum(shares.max(axis=1, keepdims=True), 1e-300)
+    # Many values are 0 exactly, behind a ReLU: all others would be pale beside them.
+    shares = np.sqrt(np.minimum(shares / np.quantile(shares[shares > 0], 0.9), 1))
     middles = np.concatenate([[at[0] - 0.5], (at[1:] + at[:-1]) / 2, [at[-1] + 0.5]])
     axes.pcolormesh(middles, edges, shares.T, cmap="Blues", rasterized=True)
     axes.plot(at, mean, color="#D55E00", lw=1.2)

@@ -217,6 +217,27 @@ def test_a_fork_while_others_work() -> None:
         worker.join()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_right_after_the_first_threads() -> None:
+    """A helper that compiled itself held the compiler's lock, which the child had no owner of."""
+    code = """
+import os
+import numpy as np
+from gpubn.kernels import threads
+from gpubn.layers import relu_forward
+threads.WORTH_SPLITTING = 1
+threads.set_num_threads(4)
+relu_forward(np.ones(100_000, np.float32))
+child = os.fork()
+if child == 0:
+    relu_forward(np.ones(100_000, np.float64))
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
 def test_interrupts_leave_nothing_behind() -> None:
     """After many of them, at any moment, work goes on, and gives what it gave before."""

@@ -80,7 +80,8 @@ class _Crew:
             try:
                 # Here, not in the helper: a fork while it held the compiler's lock would leave the
                 # child without.
-                _help.compile(_HELP)
+                dispatcher: Any = _help
+                dispatcher.compile(_HELP)
                 while self._helpers < count:
                     helper = self._helpers
                     self._words[_HELPERS + helper * _LINE + 1] = _held_lock()

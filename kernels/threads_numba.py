@@ -44,7 +44,7 @@ _HELPERS = 8 * _LINE  # then a line for each helper: whether it sleeps, and the 
 _MOST_HELPERS = 256
 
 _LOOKS = 300
-"""How often an idle helper looks for work before it sleeps, some 100 µs.
+"""How often an idle helper looks for work before it sleeps: some 100 µs where its core is free.
 
 The next layer's call comes in that time, and finds it awake. Each look lets others have the core.
 """
@@ -59,28 +59,41 @@ class _Crew:
 
     def __init__(self) -> None:
         self._memory = np.zeros(_HELPERS + (_MOST_HELPERS + 1) * _LINE, np.int64)
+        # Never freed: helpers read it until the process is gone, after Python has let go of all.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
         start = -self._memory.ctypes.data % (8 * _LINE) // 8
         self._words = self._memory[start:]
         self.address = self._words.ctypes.data
         self._words[_HELD] = _held_lock()
         self._helpers = 0
+        self._limit = _MOST_HELPERS
         self._starting = threading.Lock()
 
     def hire(self, count: int) -> int:
         """Let there be ``count`` helpers, who end with the process; return how many there are.
 
-        Fewer where the system gives no more threads.
+        Fewer where the system gives no more threads; then it is not asked again. At most
+        ``_MOST_HELPERS``.
         """
+        count = min(count, self._limit)
         if self._helpers < count and self._starting.acquire(blocking=False):
             try:
-                while self._helpers < min(count, _MOST_HELPERS):
-                    self._words[_HELPERS + self._helpers * _LINE + 1] = _held_lock()
-                    threading.Thread(
-                        target=_help, args=(self.address, self._helpers), name="gpubn", daemon=True
-                    ).start()
-                    self._helpers += 1
-            except RuntimeError:  # "can't start new thread": a limit, or the interpreter ends
-                pass
+                # Here, not in the helper: a fork while it held the compiler's lock would leave the
+                # child without.
+                dispatcher: Any = _help
+                dispatcher.compile(_HELP)
+                while self._helpers < count:
+                    helper = self._helpers
+                    self._words[_HELPERS + helper * _LINE + 1] = _held_lock()
+                    thread = threading.Thread(
+                        target=_help, args=(self.address, helper), name="gpubn", daemon=True
+                    )
+                    self._helpers += 1  # before it starts: an interrupt must not hire it twice
+                    try:
+                        thread.start()
+                    except RuntimeError:  # "can't start new thread": a limit, or Python ends
+                        self._helpers = self._limit = helper
+                        break
             finally:
                 self._starting.release()
         return min(self._helpers, count)
@@ -233,6 +246,7 @@ def _take(crew: int, piece: int) -> None:
         _write(crew, _LEFT, 0)
 
 
+_HELP = (types.intp, types.intp)  # the types that _help is compiled for
 _INT = ir.IntType(64)
 _BYTES = ir.IntType(8).as_pointer()
 _OUTLINED = ir.FunctionType(ir.IntType(32), [_BYTES, _INT, _INT])  # arguments, first, last

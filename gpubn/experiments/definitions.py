@@ -114,11 +114,12 @@ def _batchnorm(quick: bool) -> list[Training]:
 def _batchnorm_finding(results: Results) -> str:
     ours, none = (results.of(series) for series in ("batch norm", BASELINE))
     epoch = results.first_epoch("batch norm", none.train_accuracy)
-    reached = (
-        f"it had passed what the other ended with by epoch {epoch}"
-        if epoch is not None
-        else "it did not reach what the other ended with"
-    )
+    if epoch is None:
+        reached = "it did not reach what the other ended with"
+    elif epoch == 0:
+        reached = "it had reached what the other ended with after the first iteration"
+    else:
+        reached = f"it had reached what the other ended with by epoch {epoch}"
     return (
         f"With batch norm a net of six layers ended with {ours.train_accuracy:.1%} of its training "
         f"images right, without any norm with {none.train_accuracy:.1%} (validation: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -40,7 +41,7 @@ class Outcome:
     ----------
     training : Training
     losses : list of float
-        One an iteration.
+        One an iteration, those that were finite; none where the first was not.
     train_accuracies, val_accuracies : list of float
         After the first iteration and every epoch.
     diverged : int or None
@@ -65,15 +66,22 @@ class Outcome:
     def from_dict(cls, values: Mapping[str, Any], training: Training) -> Outcome:
         """Return what ``as_dict`` came from; KeyError or TypeError for anything else."""
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name != "training"}
-        histories = (fields[key] for key in ("losses", "train_accuracies", "val_accuracies"))
-        if not all(isinstance(history, list) and history for history in histories):
-            raise TypeError("a history is no list, or empty")
+        losses, *accuracies = (
+            fields[key] for key in ("losses", "train_accuracies", "val_accuracies")
+        )
+        for history in (losses, *accuracies):
+            if not isinstance(history, list) or not all(type(v) in (int, float) for v in history):
+                raise TypeError("a history is no list of numbers")
+        if not all(accuracies) or not isinstance(fields["seconds"], int | float):
+            raise TypeError("there is no accuracy, or no time")
+        if values["training"] != json.loads(json.dumps(asdict(training))):
+            raise TypeError("it is of another training")
         return cls(training=training, **fields)
 
     def measure(self, name: str) -> float:
         """Return one number of a training: a key of ``figures.MEASURES`` that is no history."""
         if name == "final_loss":
-            return math.fsum(self.losses[-FINAL_LOSSES:]) / len(self.losses[-FINAL_LOSSES:])
+            return _mean(self.losses[-FINAL_LOSSES:]) if self.diverged is None else math.inf
         kind, _, which = name.partition("_")
         history = self.train_accuracies if which == "train_accuracy" else self.val_accuracies
         assert kind == "best"
@@ -132,9 +140,9 @@ class Results:
         )
 
     def first_epoch(self, series: str, accuracy: float) -> int | None:
-        """Return the first epoch after which a series' mean training accuracy was above this."""
+        """Return the first epoch after which a series' mean training accuracy was this or above."""
         means = self.history(series, "train_accuracy").mean(axis=0)
-        above = np.flatnonzero(means > accuracy)
+        above = np.flatnonzero(means >= accuracy)
         return int(above[0]) if len(above) else None
 
     def history(self, series: str, measure: str) -> NDArray[np.float64]:

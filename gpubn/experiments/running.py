@@ -11,13 +11,16 @@ The folder of an experiment holds
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +156,7 @@ def run(plan: Plan, folder: Path, watcher: Watcher | None = None) -> dict[str, R
         watcher.begin(len(found), len(keys), device, dataset)
     owners = {training: experiment for experiment, training in reversed(plan.trainings)}
     for outcome in _outcomes(missing, data, device.name, plan.jobs):
-        text = json.dumps(outcome.as_dict(), indent=1)
+        text = json.dumps(outcome.as_dict(), indent=1, allow_nan=False)
         path = folder / OUTCOMES / f"{keys[outcome.training]}.json"
         atomic_write(path, f"{text}\n".encode())
         found[outcome.training] = outcome
@@ -222,7 +225,7 @@ def train(training: Training, data: Mapping[str, Any], device: str) -> Outcome:
         diverged = error.iteration
     return Outcome(
         training,
-        solver.loss_history[:diverged],
+        [loss for loss in solver.loss_history[:diverged] if math.isfinite(loss)],
         # One that diverged in its first iteration has guessed, and no more.
         solver.train_acc_history or [1 / data["num_classes"]],
         solver.val_acc_history or [1 / data["num_classes"]],
@@ -250,11 +253,24 @@ def _outcomes(
             initializer=_begin_job,
             initargs=(data, device),
         )
+        waiting, running = list(reversed(trainings)), set[concurrent.futures.Future[Outcome]]()
         try:
-            futures = [pool.submit(_job, training) for training in trainings]
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        finally:  # an error or Ctrl-C as well: what is running ends, what waits does not begin
+            while waiting or running:
+                while waiting and len(running) < jobs:  # no more: what is handed over begins
+                    running.add(pool.submit(_job, waiting.pop()))
+                done, running = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    yield future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ExperimentError(
+                "a process that trained was killed, for want of memory perhaps: fewer --jobs need "
+                "less; what is trained is kept"
+            ) from error
+        finally:  # after an error or Ctrl-C as well: what is under way is of no use to anyone
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
             pool.shutdown(cancel_futures=True)
 
 
@@ -265,8 +281,17 @@ def _shared() -> dict[str, Any]:
 
 def _begin_job(data: dict[str, Any], device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     backend.silence_fallback()
     _shared().update(data=data, device=device)
+
+
+def _end_with_parent() -> None:
+    """End this process with the one that began it, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _job(training: Training) -> Outcome:

@@ -34,7 +34,8 @@ class Record(NamedTuple):
     """The values of one array: mean and standard deviation, and a histogram between two ends.
 
     ``counts`` are of ``BINS`` equal bins from ``low`` to ``high``, the smallest and the largest
-    value. Infinities and NaN are left out.
+    value; where these are too near to each other, or too far apart, all are in the first bin.
+    Infinities and NaN are left out.
     """
 
     mean: float
@@ -50,9 +51,17 @@ class Record(NamedTuple):
         values = values[np.isfinite(values)]
         if not len(values):
             return Record(np.nan, np.nan, np.nan, np.nan, np.zeros(BINS, np.int64))
-        counts, edges = np.histogram(values, BINS)
-        low, high = float(edges[0]), float(edges[-1])
-        return Record(float(values.mean()), float(values.std()), low, high, counts)
+        low, high = float(values.min()), float(values.max())
+        counts = np.zeros(BINS, np.int64)
+        with np.errstate(over="ignore", invalid="ignore"):  # of a run that is about to diverge
+            mean, deviation = float(values.mean()), float(values.std())
+            try:
+                if low == high:
+                    raise ValueError("one value")
+                counts, _ = np.histogram(values, BINS, (low, high))
+            except ValueError:  # no bins between neighbours, or of an infinite width
+                counts[0] = len(values)
+        return Record(mean, deviation, low, high, counts)
 
 
 class Activations:
@@ -84,7 +93,7 @@ class Activations:
         self.records: list[list[Record]] = []
 
     def before(self, iteration: int) -> None:
-        """Look on at an iteration, if it is one that is recorded."""
+        """Look on at an iteration, if it is one that is recorded; ``after`` it looks away."""
         wanted = iteration == 1 or iteration % self._every == 0
         self._seen.clear()
         for i, layer in enumerate(self._layers):
@@ -125,8 +134,9 @@ class Activations:
         """Go on from what ``arrays`` returned."""
         self.iterations = np.asarray(arrays["iterations"]).tolist()
         count = len(self.iterations)
-        summary = [np.asarray(arrays[name]).reshape(count, -1) for name in _SUMMARY]
-        counts = np.asarray(arrays["counts"]).reshape(count, -1, BINS)
+        places = len(KINDS) * len(self.names)
+        summary = [np.asarray(arrays[name]).reshape(count, places) for name in _SUMMARY]
+        counts = np.asarray(arrays["counts"]).reshape(count, places, BINS)
         mean, deviation, low, high = (values.tolist() for values in summary)
         self.records = [
             [
@@ -148,8 +158,8 @@ class Activations:
     def draw(self, title: str) -> bytes:
         """Draw what hidden layers are given, put out, and get back, over training; return a PNG.
 
-        A column for each hidden layer. Dark is where many values are; the lines are the mean and
-        one deviation to either side.
+        A column for each hidden layer. Dark is where many values are (by the root of their share);
+        the lines are the mean and one deviation to either side.
         """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -165,7 +175,7 @@ class Activations:
         columns = max(1, len(hidden))
         figure = Figure(figsize=(2.3 * columns + 1.2, 6.6), dpi=120, layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
         plots = figure.subplots(len(rows), columns, sharex=True, squeeze=False)
         for line, (label, kind, layers) in zip(plots, rows, strict=True):
             line[0].set_ylabel(label, fontsize=8)
@@ -195,7 +205,8 @@ def _draw(axes: Any, arrays: Mapping[str, NDArray[Any]], kind: int, layer: int) 
     shares = np.array(
         [rebinned(c, lo, hi, edges) for c, lo, hi in zip(counts, low, high, strict=True)]
     )
-    shares /= np.maximum(shares.max(axis=1, keepdims=True), 1e-300)
+    # Many values are 0 exactly, behind a ReLU: all others would be pale beside them.
+    shares = np.sqrt(np.minimum(shares / np.quantile(shares[shares > 0], 0.9), 1))
     middles = np.concatenate([[at[0] - 0.5], (at[1:] + at[:-1]) / 2, [at[-1] + 0.5]])
     axes.pcolormesh(middles, edges, shares.T, cmap="Blues", rasterized=True)
     axes.plot(at, mean, color="#D55E00", lw=1.2)

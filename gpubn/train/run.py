@@ -278,10 +278,10 @@ class Run:
         self.folder = folder
         self._watcher = watcher or Watcher()
         self._watcher.begin(self)
-        if self.config.tensorboard:
-            self._events = Events(folder / EVENTS, self.solver.iteration)
         self._clock = time.monotonic()
         if not self._stop_asked:
+            if self.config.tensorboard:
+                self._events = Events(folder / EVENTS, self.solver.iteration)
             self._before_iteration()
             # A loss that overflows stops the run with a message of its own.
             try:
@@ -319,7 +319,7 @@ class Run:
         return (*FILES, *(EXTRA_FILES if self.config.histograms else ()))
 
     def _before_iteration(self) -> None:
-        if self.activations is not None:
+        if self.activations is not None and self.solver.iteration < self.solver.num_iterations:
             self.activations.before(self.solver.iteration + 1)
 
     def _after_iteration(self, solver: Solver) -> None:
@@ -746,7 +746,7 @@ def _curves(run: Run) -> bytes:
     # Neither pyplot nor a global backend: drawing must not touch the caller's figures.
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(_title(config))
+    figure.suptitle(_title(config), parse_math=False)
     left, right = figure.subplots(1, 2)
     left.plot(range(1, len(losses) + 1), losses, color="C0", alpha=0.35, lw=0.8, label="iteration")
     # Each mean in the middle of what it is the mean of; the first row is of one iteration only.

@@ -31,8 +31,7 @@ class Events:
 
     def __init__(self, folder: str | os.PathLike[str], iteration: int) -> None:
         library: Any = importlib.import_module("tensorboardX")
-        purge = {"purge_step": iteration + 1} if iteration else {}
-        self._writer = library.SummaryWriter(os.fspath(folder), **purge)
+        self._writer = library.SummaryWriter(os.fspath(folder), purge_step=iteration + 1)
 
     def scalars(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics.csv, and all that was written before, to disk."""
@@ -46,7 +45,8 @@ class Events:
         names = [f"{kind}/{name}" for kind in KINDS for name in activations.names]
         for name, record in zip(names, row, strict=True):
             count = int(record.counts.sum())
-            if count == 0:  # nothing was finite
+            square = np.square(record.deviation) + np.square(record.mean)
+            if count == 0 or not np.isfinite(square):  # nothing was finite, or it is too large
                 continue
             edges = np.linspace(record.low, record.high, len(record.counts) + 1)
             self._writer.add_histogram_raw(
@@ -55,7 +55,7 @@ class Events:
                 max=record.high,
                 num=count,
                 sum=record.mean * count,
-                sum_squares=(record.deviation**2 + record.mean**2) * count,
+                sum_squares=float(square) * count,
                 bucket_limits=edges[1:].tolist(),
                 bucket_counts=record.counts.tolist(),
                 global_step=iteration,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import signal
@@ -109,7 +110,9 @@ def test_one_that_diverges_is_an_outcome() -> None:
     )
     outcome = train(training, data, "cpu")
     assert outcome.diverged is not None
-    assert len(outcome.losses) == outcome.diverged
+    assert len(outcome.losses) == outcome.diverged - 1
+    assert np.isfinite(outcome.losses).all()
+    assert outcome.measure("final_loss") == float("inf")
     assert outcome.val_accuracies
 
 
@@ -251,7 +254,9 @@ def test_findings_follow_from_the_results() -> None:
     assert "with 90.0% of its training images right, without any norm with 40.0%" in (
         experiment.finding(Results(good, 0.1))
     )
-    assert "passed what the other ended with by epoch 1" in experiment.finding(Results(good, 0.1))
+    assert "reached what the other ended with by epoch 1" in experiment.finding(Results(good, 0.1))
+    same = [outcome(t, 1.0, 0.5) for t in trainings]
+    assert "reached what the other ended with by epoch 1" in experiment.finding(Results(same, 0.1))
     assert "did not reach" in experiment.finding(Results(bad, 0.1))
 
 
@@ -282,10 +287,10 @@ def test_what_diverged_is_drawn_as_far_as_it_went() -> None:
     trainings = EXPERIMENTS["batchnorm"].of_seeds(1, quick=True)
     cut = replace(outcome(trainings[0], 0.5, 0.5), diverged=3)
     cut = replace(
-        cut, losses=[2.0, 1e30, float("inf")], train_accuracies=[0.1], val_accuracies=[0.1]
+        cut, losses=[2.0, 1e30], train_accuracies=[0.1], val_accuracies=[0.1]
     )
     results = Results([cut, outcome(trainings[1], 0.5, 0.5)], 0.1)
-    assert np.isnan(results.history("batch norm", "loss")[0, 3:]).all()
+    assert np.isnan(results.history("batch norm", "loss")[0, 2:]).all()
     assert results.history("batch norm", "val_accuracy").tolist() == [[0.1]]
     experiment: Experiment = EXPERIMENTS["batchnorm"]
     assert draw(experiment, experiment.figures[0], results, "x").startswith(b"\x89PNG")
@@ -344,6 +349,36 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGINT
     assert "what is trained is kept in out; the same command goes on from there" in out
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_is_left_behind(tmp_path: Path, signum: int) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "gpubn", "experiment", "all", "--device", "cpu"),
+            *("--jobs", "2", "--out", "out"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=tmp_path,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob(f"{OUTCOMES}/*.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signum)
+    process.communicate(timeout=20)  # the pipe stays open while a child of it lives
+    assert process.returncode != 0
+
+
+def test_a_title_is_no_formula() -> None:
+    trainings = EXPERIMENTS["batchnorm"].of_seeds(1, quick=True)
+    results = Results([outcome(t, 0.5, 0.5) for t in trainings], 0.1)
+    experiment = EXPERIMENTS["batchnorm"]
+    assert draw(experiment, experiment.figures[0], results, "/d/$a__b$/x.npz")
 
 
 def test_devices_give_the_same_training(device: backend.Device) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,32 @@ def test_a_fork_while_others_work() -> None:
     finally:
         stop.set()
         worker.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_right_after_the_first_threads(tmp_path: Path) -> None:
+    """A helper that compiled itself held the compiler's lock, which the child had no owner of."""
+    code = """
+import os
+import numpy as np
+from gpubn.kernels import threads
+from gpubn.kernels.relu_numba import forward
+threads.set_num_threads(2)
+forward(np.ones(1 << 20, np.float32))
+child = os.fork()
+if child == 0:
+    forward(np.ones(1 << 20, np.float64))
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},  # where nothing is compiled yet
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as Unix has them")

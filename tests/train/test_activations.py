@@ -23,7 +23,19 @@ def test_a_record() -> None:
     assert record.counts.sum() == 4
     assert record.counts[[0, 16, -1]].tolist() == [1, 2, 1]
     assert np.isnan(Record.of(np.array([np.inf])).mean)
-    assert Record.of(np.full(3, 7.0)).counts.sum() == 3
+    constant = Record.of(np.full(3, 7.0))
+    assert (constant.low, constant.high, constant.counts.sum()) == (7, 7, 3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1e15, 1e15], [1, np.nextafter(1, 2)], [0, 5e-324], [-1.7e308, 1.7e308], [1e160, -1e160]],
+    ids=str,
+)
+def test_a_record_of_what_no_bins_fit(values: list[float]) -> None:
+    record = Record.of(np.array(values))
+    assert (record.low, record.high) == (min(values), max(values))
+    assert record.counts.sum() == 2
 
 
 def test_rebinned() -> None:
@@ -87,6 +99,21 @@ def test_training_is_the_same_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     runs.resume(tmp_path / "cut")
     for name in ("activations.npz", "activations.png"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "watched" / name).read_bytes()
+
+
+def test_a_run_that_was_stopped_before_its_first_iteration(tmp_path: Path) -> None:
+    config = RunConfig(hidden=(8,), epochs=1, device="cpu", histograms=True, reproducible=False)
+
+    class Stop(runs.Watcher):
+        def begin(self, run: runs.Run) -> None:
+            run.stop()
+
+    runs.start(config, tmp_path / "run", watcher=Stop())
+    run = runs.resume(tmp_path / "run")
+    assert run.finished
+    assert run.activations is not None
+    assert run.activations.iterations[0] == 1
+    assert all(layer.observer is None for layer in run.net.layers)
 
 
 def test_events(tmp_path: Path) -> None:

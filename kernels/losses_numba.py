@@ -9,7 +9,6 @@ from gpubn.backend import Array
 from gpubn.kernels.buffers_numba import buffer_of, row_sum, workspace
 from gpubn.kernels.compile_numba import compiled, plain
 from gpubn.kernels.elementary_numba import exp_of, log_of
-from gpubn.kernels.samples_numba import channel_sum
 from gpubn.kernels.threads_numba import split
 
 
@@ -30,10 +29,12 @@ def count_correct(x: Array, y: Array) -> Array:
 
 def _mean_loss(kernel: Callable[..., None], x: Array, y: Array) -> tuple[Array, Array]:
     x, y = plain(x, y)
-    losses, dx = np.empty(x.shape[0], x.dtype), np.empty_like(x)
-    split(kernel, (x, y, losses, dx), x.shape[0], x.size)
-    total = channel_sum(losses[None, None, None])[0]
-    return np.asarray(total / x.dtype.type(x.shape[0])), dx
+    rows = x.shape[0]
+    losses, dx = buffer_of(x, rows), np.empty_like(x)
+    split(kernel, (x, y, losses, dx), rows, x.size)
+    # A sum like those that the kernels take within a row: nothing more is to be compiled.
+    total = row_sum(losses, rows, workspace(x, 1, rows))
+    return np.asarray(x.dtype.type(total) / x.dtype.type(rows)), dx
 
 
 @compiled

@@ -15,10 +15,20 @@ from types import ModuleType
 
 from gpubn.backend import Array, is_cuda
 
+_SUBNORMAL = 5e-324
+
 
 def for_array(op: str, array: Array) -> ModuleType:
-    """Return the kernels of ``op`` for the device that holds ``array``."""
-    return _load(op, "cuda" if is_cuda(array) else "numba")
+    """Return the kernels of ``op`` for the device that holds ``array``.
+
+    Those of the CPU take a thread that flushes subnormal numbers to zero back to where it does not,
+    and warn.
+    """
+    if is_cuda(array):
+        return _load(op, "cuda")
+    if _SUBNORMAL * 1.0 == 0.0:
+        _load("subnormals", "numba").keep()
+    return _load(op, "numba")
 
 
 @cache

@@ -32,7 +32,11 @@ from gpubn.kernels.vectors_numba import (
     where_positive,
 )
 
-FEW = 64  # samples of a plane of which too many are left behind its last whole vector
+FEW = 64
+"""Samples of a plane, up to which a group's planes are normalized as one row.
+
+In so short a plane too large a part is left behind its last whole vector.
+"""
 
 
 def train(
@@ -107,7 +111,9 @@ def _at_once(
     pieces = pieces_of(x.size)
     if inner > 1 and channels >= min(pieces, 2 * get_num_threads()):
         return by_plane, channels
-    if inner == 1 and pieces_of(x.size // 2) == 1:  # in threads it takes five kernels
+    # In threads its moments, their merging and its statistics are kernels of their own: splitting
+    # pays for twice as much work as elsewhere.
+    if inner == 1 and pieces_of(x.size // 2) == 1:
         return by_column, 1
     return None, 0
 

@@ -3,14 +3,14 @@
 from typing import Any
 
 from gpubn.backend import Array
-from gpubn.kernels.compile_numba import compiled, inlined
+from gpubn.kernels.compile_numba import compiled, inlined, plain
 from gpubn.kernels.threads_numba import split
 from gpubn.kernels.vectors_numba import fill, lanes, read, sqrt_of, store, store_part
 
 
 def sgd(w: Array, dw: Array, lr: float, next_w: Array) -> None:
     """Write ``w - lr * dw`` to ``next_w``."""
-    arrays = _flat(w, dw, next_w)
+    arrays = _flat(w, *plain(dw), next_w)
     scalars = _scalars(w, lr)
     split(_sgd, (*arrays, *scalars), w.size, w.size)
 
@@ -25,7 +25,7 @@ def sgd_momentum(
     next_velocity: Array,
 ) -> None:
     """Write ``v = momentum * velocity - lr * dw`` and ``w + v``."""
-    arrays = _flat(w, dw, velocity, next_w, next_velocity)
+    arrays = _flat(w, *plain(dw), velocity, next_w, next_velocity)
     scalars = _scalars(w, lr, momentum)
     split(_sgd_momentum, (*arrays, *scalars), w.size, w.size)
 
@@ -41,7 +41,7 @@ def rmsprop(
     next_cache: Array,
 ) -> None:
     """Write ``c = decay * cache + (1 - decay) * dw**2``, ``w - lr * dw / (sqrt(c) + epsilon)``."""
-    arrays = _flat(w, dw, cache, next_w, next_cache)
+    arrays = _flat(w, *plain(dw), cache, next_w, next_cache)
     scalars = _scalars(w, lr, decay, 1.0 - decay, epsilon)
     split(_rmsprop, (*arrays, *scalars), w.size, w.size)
 
@@ -67,7 +67,7 @@ def adam(
 
     The corrections are ``1 - beta1**t`` and ``1 - beta2**t`` of step t, counted from 1.
     """
-    arrays = _flat(w, dw, m, v, next_w, next_m, next_v)
+    arrays = _flat(w, *plain(dw), m, v, next_w, next_m, next_v)
     first = (beta1, 1.0 - beta1, correction1)
     second = (beta2, 1.0 - beta2, correction2)
     scalars = (*_scalars(w, lr, *first, *second, epsilon, weight_decay), decayed)
@@ -75,7 +75,7 @@ def adam(
 
 
 def _flat(*arrays: Array) -> tuple[Any, ...]:
-    """View arrays in one dimension; they are written to, so they must be in C order already."""
+    """View arrays in one dimension; those that are written to must be in C order already."""
     return tuple(array.reshape(-1) for array in arrays)
 
 

@@ -413,6 +413,8 @@ def _lane_gradients(
     shift, mean, invstd = statistics
     k, m = load_part(shift, channel, n), load_part(mean, channel, n)
     s = load_part(invstd, channel, n)
+    if beta is not None:
+        f, t = load_part(scale, channel, n), load_part(beta, channel, n)
     levels = counter(tx, 2, rows // 8, w)
     node = np.empty_like(levels[0])
     at, leaves, sample, end = 0, 0, start, start + rows
@@ -430,7 +432,6 @@ def _lane_gradients(
             for i in range(0, at * w, w):
                 g, d = load(tg, i), (load(tx, i) - k) - m
                 if beta is not None:
-                    f, t = load_part(scale, channel, n), load_part(beta, channel, n)
                     g = where_positive(rounded(d * f + t, x), g)
                 store(tg, i, g)
                 store(tx, i, g * (d * s))

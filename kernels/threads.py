@@ -10,7 +10,7 @@ and a helper that sleeps wakes up when most of the work is done.
 """
 
 PIECE = 1 << 13
-"""Elements of a piece of work, at least."""
+"""Elements of a piece of work, at least: a thread more is not woken for less."""
 _PIECES = 8  # of a thread, at most: they even out the threads' speeds
 
 _threads: int | None = None
@@ -55,4 +55,4 @@ def pieces_of(elements: int) -> int:
     threads = get_num_threads()
     if threads == 1 or elements < WORTH_SPLITTING:
         return 1
-    return min(_PIECES * threads, max(threads, elements // PIECE))
+    return max(1, min(_PIECES * threads, elements // PIECE))

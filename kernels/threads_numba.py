@@ -26,6 +26,7 @@ from numba.core.types.containers import UniTuple
 from numba.extending import intrinsic
 
 from gpubn.kernels.compile_numba import compiled, inlined
+from gpubn.kernels.subnormals_numba import change_flushing
 from gpubn.kernels.threads import get_num_threads, pieces_of
 
 # The words of a crew's memory, int64. What different threads write lies in different cache lines.
@@ -216,6 +217,7 @@ def _lead(crew: int, run: int, arguments: int, count: int, pieces: int, helpers:
 @compiled
 def _help(crew: int, helper: int) -> None:
     """Take pieces of every job, for ever."""
+    change_flushing(False)  # who began this thread may flush: helpers must not compute otherwise
     sleeps = _HELPERS + helper * _LINE
     done = 0
     while True:

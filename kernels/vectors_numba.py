@@ -1,9 +1,9 @@
 """Vectors of 64 bytes in compiled code on the CPU: one value of each of 16 channels, say, or 8.
 
 Kernels say by hand what is computed side by side, instead of hoping that a loop is vectorised.
-LLVM makes of a vector what the processor has: one register or several. Lanes never mix but in
-``evens``, ``odds`` and ``load_leaves``, so results do not depend on it. Vectors hold what is
-computed with: half precision is widened as it is loaded and rounded as it is stored.
+LLVM makes of a vector what the processor has: one register or several. Lanes change places in
+``evens``, ``odds``, ``load_leaves`` and ``transpose`` alone: results do not depend on it. What is
+computed with is in vectors: half precision is widened as it is loaded and rounded as it is stored.
 
 ``+ - * /`` work between vectors of a kind; a constant becomes one by ``fill``.
 """

@@ -84,6 +84,8 @@ def _of(shape: tuple[int, ...], order: tuple[int, ...], axis: int, instances: in
     moved = tuple(shape[i] for i in order)
     at = order.index(axis)
     batch, inner = math.prod(moved[instances:at]), math.prod(moved[at + 1 :])
+    if moved[at] == 1:  # all samples lie side by side, wherever the one channel's axis is
+        batch, inner = 1, batch * inner
     seen = (math.prod(moved[:instances]), batch, moved[at], inner)
     return View(order, _inverse(order), moved, seen)
 

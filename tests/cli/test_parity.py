@@ -78,7 +78,7 @@ def written(path: str = "out.json") -> Any:
 
 
 def test_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    before = threads.get_num_threads(), threads.WORTH_SPLITTING
+    before = threads.get_num_threads(), threads.WORTH_SPLITTING, threads.PIECE
     code, out = parity(capsys, "--quick --op relu --op channel-sum --json out.json")
     assert code == 0
     assert "CUDA     cannot be used: no GPU in this test" in out
@@ -88,7 +88,7 @@ def test_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^channel-sum +140 +0  [\d.]+ of 5 ", out, re.MULTILINE)
     assert "the same bits everywhere\n" in out
     assert out.endswith("\nno CUDA device took part\n")
-    assert (threads.get_num_threads(), threads.WORTH_SPLITTING) == before
+    assert (threads.get_num_threads(), threads.WORTH_SPLITTING, threads.PIECE) == before
 
     content = written()
     assert content["same"] is True

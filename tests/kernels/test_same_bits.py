@@ -564,6 +564,7 @@ def test_threads_do_not_show(
     threads: int, dtype: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gpubn.kernels.threads.WORTH_SPLITTING", 1)
+    monkeypatch.setattr("gpubn.kernels.threads.PIECE", 1)
     names = ("batchnorm", "groupnorm", "layernorm", "rmsnorm", "samples", "dropout", "gemm")
     norm, group, rows, rms, samples, masks, gemm, scores, norms = (
         importlib.import_module(f"gpubn.kernels.{op}_numba") for op in (*names, "losses", "l2")

@@ -27,6 +27,7 @@ MANY = 10**9
 @pytest.fixture(autouse=True)
 def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(threads, "WORTH_SPLITTING", 1)
+    monkeypatch.setattr(threads, "PIECE", 1)
     before = get_num_threads()
     set_num_threads(4)
     yield
@@ -110,6 +111,7 @@ def test_helpers_without_work_sleep() -> None:
 
 def test_small_work_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "WORTH_SPLITTING", 1000)
+    monkeypatch.setattr(threads, "PIECE", 250)
     pieces = np.zeros(10, np.int64)
     split(note_piece, (pieces,), 10, 999)
     assert pieces.tolist() == [10] + [0] * 9
@@ -252,7 +254,7 @@ import signal
 import numpy as np
 from gpubn.kernels import threads
 from gpubn.layers import batchnorm_forward, batchnorm_backward
-threads.WORTH_SPLITTING = 1
+threads.WORTH_SPLITTING = threads.PIECE = 1
 threads.set_num_threads(4)
 x = np.random.default_rng(0).standard_normal((300, 40)).astype(np.float32)
 g = np.ones(40, np.float32)
@@ -284,7 +286,7 @@ def test_a_process_ends_while_helpers_sleep_or_look() -> None:
 import numpy as np, sys, time
 from gpubn.kernels import threads
 from gpubn.layers import relu_forward
-threads.WORTH_SPLITTING = 1
+threads.WORTH_SPLITTING = threads.PIECE = 1
 threads.set_num_threads(4)
 relu_forward(np.ones(100_000, np.float32))
 time.sleep(float(sys.argv[1]))

@@ -200,6 +200,7 @@ def test_results_are_where_the_inputs_are(
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Split work however small it is."""
     monkeypatch.setattr("gpubn.kernels.threads.WORTH_SPLITTING", 1)
+    monkeypatch.setattr("gpubn.kernels.threads.PIECE", 1)
     before = get_num_threads()
     yield
     set_num_threads(before)

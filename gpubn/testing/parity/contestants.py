@@ -97,13 +97,13 @@ class OnCpu:
 
 @contextlib.contextmanager
 def _num_threads(count: int) -> Iterator[None]:
-    before, worth = threads.get_num_threads(), threads.WORTH_SPLITTING
+    before, sizes = threads.get_num_threads(), (threads.WORTH_SPLITTING, threads.PIECE)
     threads.set_num_threads(count)
-    threads.WORTH_SPLITTING = 1
+    threads.WORTH_SPLITTING = threads.PIECE = 1
     try:
         yield
     finally:
-        threads.WORTH_SPLITTING = worth
+        threads.WORTH_SPLITTING, threads.PIECE = sizes
         threads.set_num_threads(before)
 
 

@@ -1,9 +1,6 @@
 """How the CPU kernels are compiled, and the one form of array that they are given."""
 
 from collections.abc import Callable
-from functools import cache
-from hashlib import sha256
-from importlib.resources import files
 from typing import Any, cast
 
 import numba
@@ -12,6 +9,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from gpubn.backend import Array
+from gpubn.kernels.cache_numba import KernelCache, Unkept
 
 # error_model="numpy": a division by zero gives an infinity, as on CUDA, and costs no branch.
 # fastmath stays off: no fused multiply-add, no other order of additions, no flushing to zero.
@@ -20,30 +18,17 @@ OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False}
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel at its first call, for the dtypes that it meets; kept on disk."""
-    kernel: Any
+    kernel: Any = numba.njit(**OPTIONS)(function)
     try:
-        kernel = numba.njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # Numba found no folder that it may write to: each process compiles anew
-        kernel = numba.njit(**OPTIONS)(function)
-    # Numba looks for changes in the function's own file only, and what it calls from other files is
-    # compiled into it. So what is on disk is stamped with all of the kernels' text.
-    index = getattr(getattr(kernel, "_cache", None), "_cache_file", None)
-    if index is not None:
-        index._source_stamp = (index._source_stamp, _sources())
+        kernel._cache = KernelCache(function)
+    except RuntimeError:  # Numba found no folder that it may write to
+        kernel._cache = Unkept()
     return cast(Callable[..., Any], kernel)
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a part of kernels, which becomes one with each kernel that calls it."""
     return cast(Callable[..., Any], numba.njit(forceinline=True, **OPTIONS)(function))
-
-
-@cache
-def _sources() -> str:
-    folder = files("gpubn.kernels")
-    names = sorted(path.name for path in folder.iterdir() if path.name.endswith("_numba.py"))
-    text = "".join((folder / name).read_text("utf-8") for name in names)
-    return sha256(text.encode()).hexdigest()
 
 
 @intrinsic

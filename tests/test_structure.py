@@ -129,7 +129,7 @@ def test_every_kernel_has_its_pair() -> None:
     # The other halves of real.cuh, of samples.cuh, of rows.cuh; and what CUDA has itself.
     shared = {"compile_cuda", "compile_numba", "real_numba", "vectors_numba"}
     shared |= {"buffers_numba", "columns_numba", "planes_numba", "rows_numba", "threads_numba"}
-    shared |= {"subnormals_numba"}
+    shared |= {"cache_numba", "subnormals_numba"}
     assert halves - shared == {f"{op}_{device}" for op in PAIRS for device in ("cuda", "numba")}
 
 

@@ -23,6 +23,7 @@ from gpubn.train.solver import NonFiniteParameters
 
 sys.path.insert(0, os.path.dirname(__file__))
 import kill_and_resume
+from kill_and_resume import Kill
 
 SMALL = RunConfig(hidden=(12, 9), batch_size=30, epochs=3, device="cpu", seed=5)
 
@@ -482,14 +483,16 @@ def test_a_full_disk_names_the_file(small, tmp_path, monkeypatch):
 
 
 def test_killed_with_sigkill_at_random_times(tmp_path, rng):
-    """Three runs; ``kill_and_resume.py`` does twenty."""
+    """Three runs; ``kill_and_resume.py`` does as many as asked."""
     whole, epochs = tmp_path / "whole", 20
     expected, started, ended = kill_and_resume.uninterrupted(whole, epochs)
     times = random.Random(int(rng.integers(2**32)))
     for number in range(3):
-        delays = [times.uniform(started, ended)]
+        # Early in the run, and then in the middle of writing a checkpoint.
+        delay = times.uniform(started, (started + ended) / 2)
+        kills = [Kill(delay), Kill(0.8 * started, in_checkpoint=True)]
         folder = tmp_path / f"run-{number}"
-        outcome = kill_and_resume.kill_and_resume(folder, epochs, expected, delays)
+        outcome = kill_and_resume.kill_and_resume(folder, epochs, expected, kills)
         assert outcome.equal, outcome
 
 
